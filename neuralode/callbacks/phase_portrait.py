@@ -1,0 +1,138 @@
+"""Pictures of what a model's flow does, while it learns and at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from neuralode.data import ArrayData
+from neuralode.errors import UsageError
+from neuralode.models.classifier import ODEClassifier
+from neuralode.models.trajectory import TrajectoryModel
+
+
+class PhasePortrait(pl.Callback):
+    """Draws the flow to TensorBoard and to a PNG file: for points in the plane the decision boundary and the states
+    along depth time, for time series the phase plane and the curves. Other models have no portrait.
+
+    Drawing draws no random number and changes no weight; should it fail, it warns once and switches itself off.
+
+    Args:
+        folder: where the PNG files go.
+        every: epochs between two pictures in TensorBoard; the last one is always drawn, and alone becomes a file.
+    """
+
+    def __init__(self, folder: str, every: int = 10):
+        if every < 1:
+            raise UsageError(f"monitor.figure_every is {every}; it has to be at least 1.")
+        self.folder, self.every = Path(folder), every
+        self._off = False
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch % self.every == 0:
+            self._draw(trainer, pl_module, to_file=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._draw(trainer, pl_module, to_file=True)
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, to_file: bool) -> None:
+        if self._off or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return
+        model: Any = pl_module.model
+        training = pl_module.training
+        try:
+            model.eval()
+            with torch.no_grad():
+                figure = portrait(model, trainer.datamodule)  # type: ignore[attr-defined]
+            if figure is None:
+                self._off = True
+                return
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure("phase_portrait", figure, trainer.global_step)
+            if to_file:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                figure.savefig(self.folder / "phase_portrait.png")
+        except Exception as error:
+            self._off = True
+            rank_zero_warn(f"the phase portrait could not be drawn and is switched off: {error}")
+        finally:
+            model.train(training)
+
+
+def portrait(model: Any, data: ArrayData) -> Any:
+    """The figure for this model on this data's test split, or None if it has none."""
+    from neuralode.viz import phase_portrait as viz  # matplotlib, only when something is drawn
+
+    if isinstance(model, ODEClassifier) and data.splits.test[0].shape[1:] == (2,):
+        return viz.classifier_figure(**_classifier_arrays(model, *data.splits.test))
+    if isinstance(model, TrajectoryModel):
+        return viz.series_figure(**_series_arrays(model, data))
+    return None
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _classifier_arrays(model: ODEClassifier, x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
+    device = _device(model)
+    x, y = x[:400].to(device), y[:400]
+    start, end = model.block.solver.t_span
+    times = torch.linspace(start, end, 41, device=device, dtype=x.dtype)
+    path = model.block.solve(x, times).ys
+    assert isinstance(path, torch.Tensor)
+
+    low, high = x.amin(0) - 0.4, x.amax(0) + 0.4
+    axes = [torch.linspace(float(low[i]), float(high[i]), 80, device=device, dtype=x.dtype) for i in range(2)]
+    grid = torch.cartesian_prod(*axes)
+    probability = model(grid).softmax(-1)[:, 1].reshape(80, 80).T
+
+    # the window must hold where the points go to; the field is shown on it with augmented coordinates at zero
+    reach = path[..., :2].flatten(0, 1)
+    span = (reach.amin(0) - 0.2, reach.amax(0) + 0.2)
+    ticks = [torch.linspace(float(span[0][i]), float(span[1][i]), 25, device=device, dtype=x.dtype) for i in range(2)]
+    plane = model.block.augmented(torch.cartesian_prod(*ticks))
+    shown = [0, 13, 27, 40]
+    arrows = torch.stack([model.block.vector_field(times[i], plane)[:, :2] for i in shown])
+    return {
+        "axes": [a.cpu().numpy() for a in axes],
+        "probability": probability.cpu().numpy(),
+        "times": times.cpu().numpy(),
+        "path": path[..., :2].cpu().numpy(),
+        "labels": y.numpy(),
+        "shown": shown,
+        "ticks": [a.cpu().numpy() for a in ticks],
+        "arrows": arrows.reshape(len(shown), 25, 25, 2).transpose(1, 2).cpu().numpy(),
+        "hidden_dimensions": model.block.augment,
+    }
+
+
+def _series_arrays(model: TrajectoryModel, data: ArrayData) -> dict[str, Any]:
+    device = _device(model)
+    (y,), (t,) = data.splits.test, data.splits.shared["test"]
+    fine = torch.linspace(float(t[0]), float(t[-1]), max(400, len(t)), device=device, dtype=y.dtype)
+    curve = model(y[:, 0].to(device), fine)[0]
+    arrays = {
+        "times": t.numpy(),
+        "record": y[0].numpy(),
+        "fine_times": fine.cpu().numpy(),
+        "curve": curve.cpu().numpy(),
+        "names": data.splits.description["names"],
+        "train_until": data.splits.description["train_until"],
+    }
+    if y.shape[-1] == 2:
+        both = torch.cat([y[0].to(device), curve])
+        margin = 0.1 * (both.amax(0) - both.amin(0))
+        ticks = [
+            torch.linspace(float(lo), float(hi), 25, device=device, dtype=y.dtype)
+            for lo, hi in zip(both.amin(0) - margin, both.amax(0) + margin, strict=True)
+        ]
+        arrows = model.vector_field(fine[0], torch.cartesian_prod(*ticks)).reshape(25, 25, 2).transpose(0, 1)
+        arrays |= {"ticks": [a.cpu().numpy() for a in ticks], "arrows": arrows.cpu().numpy()}
+    return arrays

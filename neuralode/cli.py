@@ -1,0 +1,199 @@
+"""The command line: composes first, so that a slip is answered with a sentence, then hands over to Hydra."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from neuralode.errors import UsageError, unknown
+from neuralode.overrides import key_of, value_of, with_saved
+
+USAGE_ERROR, FAILURE = 2, 1
+
+
+def config_dir() -> Path:
+    """The folder of the configs: inside an installed package, beside the package in a clone."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def main() -> None:
+    """`python train.py` and `neuralode-train`: exits 0, or with a code and one sentence that says what to do."""
+    _exit_cleanly_on_signals()
+    OmegaConf.register_new_resolver("experiments", list_experiments, replace=True)
+    arguments = get_args_parser().parse_args()
+    runs = not (arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion)
+    try:
+        if runs:
+            overrides = with_saved(arguments.overrides)
+            sys.argv[1:] = [a for a in sys.argv[1:] if a not in arguments.overrides] + overrides
+            for variant in _variants(overrides) if arguments.multirun else [overrides]:
+                check(variant)
+        _hand_over()
+    except UsageError as error:
+        _complain(error, USAGE_ERROR)
+
+
+def check(overrides: list[str]) -> None:
+    """Composes the config of a command line. Raises UsageError with one sentence for whatever is wrong with it."""
+    ours = [o for o in overrides if not key_of(o).startswith("hydra")]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        try:
+            cfg = compose("train", overrides=ours)
+        except (HydraException, OverrideParseException) as error:
+            raise UsageError(_explain(error, ours)) from error
+    if not cfg.fit and not cfg.test:
+        raise UsageError("fit=false and test=false leave nothing to do; set one of them to true.")
+    if not cfg.fit and cfg.ckpt_path is None:
+        raise UsageError("fit=false needs a trained model: give ckpt_path=<run>/checkpoints/best.ckpt.")
+
+
+def list_experiments() -> str:
+    """A line for each experiment: its name and what it shows. For `--help`."""
+    lines = []
+    for file in sorted((config_dir() / "experiment").glob("*.yaml")):
+        shows = yaml.safe_load(file.read_text()).get("shows", "")
+        lines.append(f"  {file.stem:<20} {shows}")
+    return "\n".join(lines).replace("$", "$$")
+
+
+def _hand_over() -> None:
+    failures: list[BaseException] = []
+    results: list[dict[str, Any]] = []
+
+    def job(cfg: DictConfig) -> None:
+        from neuralode.experiment import run  # here, since Lightning takes seconds to import
+
+        try:
+            found = run(cfg)
+        except Exception as error:
+            if not _is_sweep():
+                raise
+            failures.append(error)  # a sweep goes on with its other jobs
+            _tell(error)
+        else:
+            results.extend(found)
+
+    try:
+        hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(_unwrapped(job))()
+    except UsageError:
+        raise
+    except Exception as error:
+        _complain(error, FAILURE)
+    if results and _is_first_process():
+        from neuralode.experiment import report
+
+        report(results)
+    if failures:
+        sys.exit(USAGE_ERROR if isinstance(failures[0], UsageError) else FAILURE)
+
+
+def _unwrapped(job: Any) -> Any:
+    def call(cfg: DictConfig) -> None:
+        try:
+            job(cfg)
+        except UsageError as error:
+            _complain(error, USAGE_ERROR)
+        except Exception as error:
+            _complain(error, FAILURE)
+
+    return call
+
+
+def _is_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _variants(overrides: list[str]) -> Iterable[list[str]]:
+    """For a sweep: the first value of every override, then each further value in its place."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    values = [
+        [f"{text.split('=', 1)[0]}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [text]
+        for o, text in zip(parsed, overrides, strict=True)
+    ]
+    first = [v[0] for v in values]
+    others = ([*first[:i], other, *first[i + 1 :]] for i, v in enumerate(values) for other in v[1:])
+    return chain([first], others)
+
+
+def _explain(error: Exception, overrides: list[str]) -> str:
+    """One sentence for what Hydra says in several lines."""
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        given = str(getattr(error, "override", None) or text.splitlines()[0])
+        return f"cannot read {given!r} on the command line; write key=value, and quote values with spaces or commas."
+    if isinstance(error, MissingConfigException):
+        missing = re.search(r"Could not find '([^']+)'", text)
+        if missing and "/" in missing[1]:
+            group, name = missing[1].rsplit("/", 1)
+            return unknown(group, name, (f.stem for f in (config_dir() / group).glob("*.yaml")))
+    if isinstance(error, ConfigCompositionException):
+        key = re.search(r"Could not (?:override|append to config|delete from config)[^']*'\+?~?([^'=]+)", text)
+        if key and (config_dir() / key[1]).is_dir() and key[1] == "experiment":
+            return f"an experiment is added, not overridden: write +experiment={value_of(overrides, 'experiment')}."
+        if key:
+            return unknown("key", key[1], _known_keys(key[1], overrides))
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _known_keys(key: str, overrides: list[str]) -> list[str]:
+    """The keys that exist beside `key`, in the config without the override that failed."""
+    try:
+        cfg: Any = compose("train", overrides=[o for o in overrides if key_of(o) != key])
+    except HydraException:
+        cfg = compose("train")
+    parent, _, _ = key.rpartition(".")
+    prefix = ""
+    for part in parent.split(".") if parent else []:
+        if not isinstance(cfg, DictConfig) or part not in cfg:
+            break
+        cfg, prefix = cfg[part], f"{prefix}{part}."
+    return [prefix + str(name) for name in cfg] if isinstance(cfg, DictConfig) else []
+
+
+def _complain(error: BaseException, code: int) -> None:
+    _tell(error)
+    sys.exit(code)
+
+
+def _tell(error: BaseException) -> None:
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        traceback.print_exception(error)
+        return
+    sentence = str(error).strip() or "no further message"
+    known = isinstance(error, UsageError) or type(error).__name__ in ("SolveError", "MisconfigurationException")
+    kind = "" if known else f"{type(error).__name__}: "
+    hint = "" if isinstance(error, UsageError) else "\n(HYDRA_FULL_ERROR=1 shows where it happened.)"
+    print(f"error: {kind}{sentence}{hint}", file=sys.stderr, flush=True)
+
+
+def _exit_cleanly_on_signals() -> None:
+    """Outside the training loop, where nothing needs saving, a signal ends the program at once."""
+
+    def leave(signum: int, _frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, leave)

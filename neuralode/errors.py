@@ -1,0 +1,19 @@
+"""Errors that a person can act on: what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """A mistake in what was asked for; its message is one sentence meant for the person who asked."""
+
+
+def unknown(kind: str, given: object, allowed: Iterable[str], advice: str = "") -> str:
+    """The sentence for a name that does not exist, with the nearest one that does."""
+    names = sorted(set(allowed))
+    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
+    guess = f"; did you mean {near[0]!r}?" if near else "."
+    sentence = f"unknown {kind} {given!r}{guess} Allowed: {', '.join(names) or 'none'}."
+    return f"{sentence} {advice}".rstrip()

@@ -1,0 +1,132 @@
+"""An experiment: every arm with every seed, one table and one figure at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from neuralode.errors import UsageError
+from neuralode.models import load
+from neuralode.models.trajectory import TrajectoryModel
+from neuralode.overrides import keep_saved, key_of, merged
+from neuralode.results import by_arm, columns_with_values, print_table
+from neuralode.schema import validate
+from neuralode.training import CHECKPOINTS, CONFIG, FIGURES, OVERRIDES, build_data, train
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of an experiment."""
+
+    overrides: list[str]
+    folder: Path
+
+
+def run(cfg: DictConfig) -> list[dict[str, Any]]:
+    """What Hydra calls: runs all arms and seeds of a composed config; returns their results."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    jobs = plan(validate(cfg), list(HydraConfig.get().overrides.task), folder)
+    results = []
+    for job in jobs:
+        if len(jobs) > 1:
+            print(f"── {job.folder.relative_to(folder)}", flush=True)
+        results.append(train(_config(job, folder), job.folder, job.overrides))
+    return results
+
+
+def plan(cfg: DictConfig, overrides: list[str], folder: Path) -> list[Job]:
+    """The runs that a validated config asks for."""
+    given = {key_of(o) for o in overrides}
+    arms = [cfg.arm] if cfg.arm is not None else list(cfg.arms) or [None]
+    seeds = [cfg.seed] if "seed" in given and "seeds" not in given else list(cfg.seeds) or [cfg.seed]
+    if cfg.ckpt_path is not None and len(arms) * len(seeds) > 1:
+        raise UsageError(
+            "ckpt_path continues one run, and this experiment has several; give the checkpoint inside the folder of "
+            "one of them, or choose one with arm=... seed=...."
+        )
+    jobs = []
+    for arm in arms:
+        for seed in seeds:
+            chosen = [f"seed={seed}", f"seeds=[{seed}]"] + ([f"arm={arm}"] if arm is not None else [])
+            ours = merged(list(cfg.arms[arm]) if arm is not None else [], overrides)
+            place = folder
+            if len(arms) > 1:
+                place = place / str(arm)
+            if len(seeds) > 1:
+                place = place / f"seed_{seed}"
+            jobs.append(Job(merged(ours, chosen), place))
+    return jobs
+
+
+def _config(job: Job, folder: Path) -> DictConfig:
+    cfg = compose("train", overrides=job.overrides)
+    if cfg.ckpt_path is not None and (job.folder / CONFIG).is_file():
+        cfg = keep_saved(cfg, job.folder / OVERRIDES, job.folder / CONFIG)
+    OmegaConf.set_struct(cfg, False)
+    cfg.paths.output = str(job.folder)
+    return validate(cfg)
+
+
+def report(results: list[dict[str, Any]]) -> None:
+    """Prints the table, draws the comparison, and says where everything is."""
+    if not results or results[0]["config"]["trainer"].get("fast_dev_run"):
+        return
+    print()
+    print_table(results)
+    folders = [Path(r["config"]["paths"]["output"]) for r in results]
+    top = folders[0] if len(folders) == 1 else Path(*_common(folders))
+    if len(results) > 1:
+        _draw(results, folders, top / FIGURES)
+    tested = "best.ckpt" if results[0]["config"]["evaluate"] == "best" else "last.ckpt"
+    levels = "/".join("*" for _ in folders[0].relative_to(top).parts)
+    print(f"run:         {_short(top)}")
+    print(f"checkpoint:  {_short(top / levels / CHECKPOINTS / tested)}")
+    for figure in sorted((top / FIGURES).glob("*.png")):
+        print(f"figure:      {_short(figure)}")
+    print(f"dashboard:   tensorboard --logdir {_short(top)}")
+
+
+def _draw(results: list[dict[str, Any]], folders: list[Path], to: Path) -> None:
+    from neuralode.viz.comparison import arms_figure, forecasts_figure
+
+    to.mkdir(parents=True, exist_ok=True)
+    columns = columns_with_values(results, results[0]["config"]["columns"])[:5]
+    title = f"{results[0]['name']}: each dot a seed, the bar their mean"
+    arms_figure({c: by_arm(results, c) for c in columns}, title).savefig(to / "comparison.png")
+
+    curves, record = [], None
+    for arm in by_arm(results, ""):
+        index = next(i for i, r in enumerate(results) if (r["arm"] or r["name"]) == arm)
+        model = load(folders[index] / CHECKPOINTS / "last.ckpt")
+        if not isinstance(model, TrajectoryModel):
+            return
+        data = build_data(OmegaConf.create(results[index]["config"]))
+        (y,), (t,) = data.splits.test, data.splits.shared["test"]
+        fine = t.new_tensor(np.linspace(float(t[0]), float(t[-1]), max(400, len(t))))
+        curves.append((arm, fine.numpy(), model(y[:, 0], fine)[0].detach().numpy()))
+        record = (t.numpy(), y[0].numpy(), data.splits.description)
+    if record is not None and len(curves) > 1:
+        times, states, described = record
+        figure = forecasts_figure(times, states, curves, described["names"], described["train_until"])
+        figure.savefig(to / "forecasts.png")
+
+
+def _common(folders: list[Path]) -> tuple[str, ...]:
+    parts = []
+    for level in zip(*(f.parts for f in folders), strict=False):
+        if len(set(level)) > 1:
+            break
+        parts.append(level[0])
+    return tuple(parts)
+
+
+def _short(path: Path) -> str:
+    """Relative to where the person stands, if it is below."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

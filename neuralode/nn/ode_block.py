@@ -1,0 +1,117 @@
+"""ODEBlock: a vector field and a solver as one layer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from neuralode.errors import UsageError
+from neuralode.ode import Solution, SolverConfig, Stats, solve_configured
+from neuralode.ode.observed_field import tensors
+from neuralode.ode.solution import State
+
+
+class ODEBlock(nn.Module):
+    """Maps y(t0) to y(t1), the solution of dy/dt = field(t, y).
+
+    Parameters are found at the call, so the block works under `torch.func.functional_call` with every gradient
+    method. It solves in float32 or float64: under autocast the solve runs with autocast off, since the rounding of
+    a bfloat16 field would defeat the error estimate.
+
+    Args:
+        field: `f(t, y)` or `f(y)`, a module or a function, returning dy/dt in the shape of y.
+        solver: method, tolerances, gradient and time span.
+        augment: zeros appended along dimension 1 before the solve (ANODE, Dupont et al. 2019); the field then acts
+            on the larger state and the block returns it.
+        output: `final` returns y(t1), `trajectory` all requested times, [T, *shape].
+    """
+
+    def __init__(
+        self,
+        field: Callable[..., Any],
+        solver: SolverConfig | None = None,
+        *,
+        augment: int = 0,
+        output: str = "final",
+    ):
+        super().__init__()
+        if output not in ("final", "trajectory"):
+            raise UsageError(f"output is {output!r}; it has to be 'final' or 'trajectory'.")
+        self.field = field
+        self.solver = solver or SolverConfig()
+        self.augment, self.output = augment, output
+        self.autonomous = _takes_state_alone(field)
+        self.stats: Stats | None = None
+        """Statistics of the last call."""
+
+    def forward(self, y0: State, t: torch.Tensor | Sequence[float] | None = None) -> State:
+        """Solves from y0.
+
+        Args:
+            y0: initial state, a tensor of any shape or a tuple of tensors.
+            t: output times, [T]; the solver's time span if None. Given times, the block returns the trajectory.
+        """
+        solution = self.solve(y0, t)
+        return solution.final if t is None and self.output == "final" else solution.ys
+
+    def solve(self, y0: State, t: torch.Tensor | Sequence[float] | None = None) -> Solution:
+        """As `forward`, returning the whole Solution."""
+        state = self._prepare(y0)
+        field = _Autonomous(self.field) if self.autonomous else self.field
+        times: Any = self.solver.t_span if t is None else t
+        with torch.autocast(tensors(state)[0].device.type, enabled=False):
+            solution = solve_configured(field, state, times, self.solver)
+        self.stats = solution.stats
+        return solution
+
+    def vector_field(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The field at (t, y), whichever way it takes its arguments."""
+        return self.field(y) if self.autonomous else self.field(t, y)
+
+    def augmented(self, y0: torch.Tensor) -> torch.Tensor:
+        """y0 with the block's zeros appended along dimension 1."""
+        if not self.augment:
+            return y0
+        return torch.cat([y0, y0.new_zeros(y0.shape[0], self.augment, *y0.shape[2:])], dim=1)
+
+    def _prepare(self, y0: State) -> State:
+        if isinstance(y0, tuple):
+            if self.augment:
+                raise UsageError("a tuple state cannot be augmented; append the zeros to the part that needs them.")
+            return tuple(_full_precision(part, self.field) for part in y0)
+        return self.augmented(_full_precision(y0, self.field))
+
+
+class _Autonomous(nn.Module):
+    """f(t, y) from f(y)."""
+
+    def __init__(self, field: Callable[..., Any]):
+        super().__init__()
+        self.field = field
+
+    def forward(self, t: torch.Tensor, y: Any) -> Any:
+        return self.field(y)
+
+
+def _takes_state_alone(field: Callable[..., Any]) -> bool:
+    function = getattr(field, "_orig_mod", field)  # what torch.compile wrapped
+    function = function.forward if isinstance(function, nn.Module) else function
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len([p for p in positional if p.default is p.empty]) <= 1 and len(positional) == 1
+
+
+def _full_precision(y: torch.Tensor, field: Any) -> torch.Tensor:
+    low = (torch.float16, torch.bfloat16)
+    if isinstance(field, nn.Module) and any(p.dtype in low for p in field.parameters()):
+        raise UsageError(
+            "the field's parameters are in half precision, whose rounding defeats error control; keep the block in "
+            "float32 and use torch.autocast around the model."
+        )
+    return y.float() if y.dtype in low else y

@@ -1,0 +1,77 @@
+"""What a solve returns: the states, what they cost, and how the solve ended."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+
+State = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+class Status(enum.Enum):
+    """How a solve ended."""
+
+    SUCCESS = "success"
+    NON_FINITE = "non-finite state"
+    STEP_UNDERFLOW = "step size underflow"
+    MAX_STEPS = "too many steps"
+
+
+@dataclass
+class Stats:
+    """What one solve cost. A counter that the engine cannot fill is None.
+
+    The only mutable part of a solution: the counters of the backward pass fill in when that pass runs.
+    """
+
+    engine: str
+    """The engine that ran."""
+    method: str
+    gradient: str
+    reason: str = ""
+    """Why this engine was chosen."""
+    nfe: int = 0
+    """Evaluations of the vector field in the forward solve."""
+    nfe_backward: int = 0
+    """Vector-Jacobian products of the field in the backward pass, so far."""
+    accepted: int | None = None
+    rejected: int | None = None
+    step_sizes: list[float] = field(default_factory=list)
+    """Sizes of the accepted steps, in the units of t, in order."""
+    seconds: float = 0.0
+    """Wall time of the forward solve."""
+    error_estimate: torch.Tensor | None = None
+    """Sum of the local error estimates; None where the engine does not keep them."""
+    stiffness_estimate: torch.Tensor | None = None
+    """Estimate of h·‖J‖ along the solve; None where the engine does not keep it."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of `solve`."""
+
+    ts: torch.Tensor
+    """Output times, [T]."""
+    ys: State
+    """States at the output times, [T, *shape]; a tuple of such tensors for a tuple state."""
+    stats: Stats
+    status: Status
+
+    @property
+    def final(self) -> State:
+        """The state at the last output time, [*shape]."""
+        return self.ys[-1] if isinstance(self.ys, torch.Tensor) else tuple(part[-1] for part in self.ys)
+
+
+class SolveError(AssertionError):
+    """A solve that failed, with its diagnosis.
+
+    It is an AssertionError because torchdiffeq signals the same failures by assertions, and programs catch those.
+    """
+
+    def __init__(self, message: str, status: Status, stats: Stats):
+        super().__init__(message)
+        self.status = status
+        self.stats = stats

@@ -1,0 +1,67 @@
+"""Everything one needs to say about a solve, in one typed place; blocks and configs share it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from neuralode.errors import UsageError, unknown
+from neuralode.ode.methods import check_method, takes_fixed_steps
+
+ENGINES = ("auto", "torchdiffeq")
+GRADIENTS = ("exact", "adjoint")
+DEFAULT_MAX_STEPS = 10_000
+
+
+@dataclass
+class SolverConfig:
+    """How to solve and how to differentiate. Raises UsageError for a value that no solve could use."""
+
+    method: str = "dopri5"
+    """Name of the method; `neuralode.ode.methods()` lists them."""
+    rtol: float = 1e-4
+    """Relative tolerance, for methods with error control."""
+    atol: float = 1e-5
+    """Absolute tolerance, in the units of the state."""
+    step_size: float | None = None
+    """Step of a fixed-step method, in the units of t."""
+    t_span: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """Where a block's solve starts and ends, in the units of t."""
+    gradient: str = "exact"
+    """`exact` (of the discrete solve) or `adjoint` (continuous, to the tolerance, in constant memory)."""
+    adjoint_rtol: float | None = None
+    """Tolerances of the adjoint's own solve; those of the forward solve if None."""
+    adjoint_atol: float | None = None
+    adjoint_seminorm: bool = False
+    """Leave the parameters out of the adjoint's error norm (Kidger et al. 2021, "Hey, that's not an ODE")."""
+    engine: str = "auto"
+    max_steps: int = DEFAULT_MAX_STEPS
+    """Steps after which an adaptive solve gives up."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of the method, as torchdiffeq names them."""
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        check_engine(self.engine)
+        check_gradient(self.gradient)
+        for name in ("rtol", "atol", "adjoint_rtol", "adjoint_atol", "step_size"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UsageError(f"solver.{name} is {value}; it has to be a positive number.")
+        if self.max_steps < 1:
+            raise UsageError(f"solver.max_steps is {self.max_steps}; it has to be at least 1.")
+        if len(self.t_span) != 2 or self.t_span[0] == self.t_span[1]:
+            raise UsageError(f"solver.t_span is {list(self.t_span)}; it has to be two different times.")
+        if takes_fixed_steps(self.method) and self.step_size is None and "grid_constructor" not in self.options:
+            raise UsageError(f"method {self.method!r} takes fixed steps: give solver.step_size, for example 0.1.")
+
+
+def check_engine(name: str) -> None:
+    if name not in ENGINES:
+        raise UsageError(unknown("engine", name, ENGINES))
+
+
+def check_gradient(name: str) -> None:
+    if name not in GRADIENTS:
+        raise UsageError(unknown("gradient", name, GRADIENTS))

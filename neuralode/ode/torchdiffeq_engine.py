@@ -1,0 +1,91 @@
+"""The reference engine: every solve through torchdiffeq."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torchdiffeq
+
+from neuralode.ode.methods import supported_callbacks, takes_fixed_steps
+from neuralode.ode.observed_field import Field, ObservedField, tensors
+from neuralode.ode.solution import SolveError, State, Stats, Status
+from neuralode.ode.solver_config import SolverConfig
+
+# How torchdiffeq words the assertions by which it gives up.
+_FAILURES = {
+    "max_num_steps exceeded": Status.MAX_STEPS,
+    "underflow in dt": Status.STEP_UNDERFLOW,
+    "non-finite values in state": Status.NON_FINITE,
+}
+
+_REMEDIES = {
+    Status.MAX_STEPS: "raise max_steps, loosen the tolerances, or make the field smoother",
+    Status.STEP_UNDERFLOW: "the field is too stiff or not smooth here: loosen the tolerances or bound its weights",
+    Status.NON_FINITE: "look for a NaN in the input, or lower the step size or the learning rate",
+}
+
+
+def run(field: Field, y0: State, t: torch.Tensor, args: tuple[Any, ...], config: SolverConfig, stats: Stats) -> State:
+    """Solves from t[0] through all of t, [T]; returns the states [T, *shape] and fills `stats`.
+
+    Raises SolveError with a diagnosis where torchdiffeq gives up or the result is not finite.
+    """
+    observed = ObservedField(field, y0, args, stats, supported_callbacks(config.method))
+    kwargs: dict[str, Any] = {
+        "rtol": config.rtol,
+        "atol": config.atol,
+        "method": config.method,
+        "options": _options(config, len(t)),
+    }
+    try:
+        if config.gradient == "adjoint" and torch.is_grad_enabled():
+            observed.refuse_unknown_parameters(t[0], y0)
+            kwargs.update(adjoint_rtol=config.adjoint_rtol, adjoint_atol=config.adjoint_atol)
+            if config.adjoint_seminorm:
+                kwargs["adjoint_options"] = {**kwargs["options"], "norm": "seminorm"}
+            ys = torchdiffeq.odeint_adjoint(observed, y0, t, adjoint_params=observed.parameters, **kwargs)
+        else:
+            ys = torchdiffeq.odeint(observed, y0, t, **kwargs)
+    except AssertionError as error:
+        status = next((status for words, status in _FAILURES.items() if words in str(error)), None)
+        if status is None:
+            raise
+        raise SolveError(_diagnosis(status, observed, y0), status, stats) from error
+    finally:
+        observed.forward_done = True
+    if not all(torch.isfinite(part[-1]).all() for part in tensors(ys)):
+        last = ys[-1] if isinstance(ys, torch.Tensor) else tuple(part[-1] for part in ys)
+        raise SolveError(_diagnosis(Status.NON_FINITE, observed, last), Status.NON_FINITE, stats)
+    return ys
+
+
+def _options(config: SolverConfig, outputs: int) -> dict[str, Any]:
+    options = dict(config.options)
+    if takes_fixed_steps(config.method):
+        if config.step_size is not None:
+            options.setdefault("step_size", config.step_size)
+            # torchdiffeq interpolates linearly between steps by default, which would cost the method its order
+            if outputs > 2:
+                options.setdefault("interp", "cubic")
+    elif config.method != "scipy_solver":
+        options.setdefault("max_num_steps", config.max_steps)
+    return options
+
+
+def _diagnosis(status: Status, observed: ObservedField, state: State) -> str:
+    stats = observed.stats
+    where = f" at t = {observed.last_time:.6g}" if stats.accepted else " in the first step"
+    samples = sorted({int(i) for part in tensors(state) if part.dim() for i in _bad_rows(part)})
+    who = f"; not finite in sample {', '.join(map(str, samples[:5]))}" if samples else ""
+    steps = ", ".join(f"{h:.3g}" for h in stats.step_sizes[-3:])
+    last = f"; last accepted steps {steps}" if steps else ""
+    return (
+        f"{stats.method} stopped{where}: {status.value} after {stats.nfe} evaluations{who}{last}. "
+        f"What to try: {_REMEDIES[status]}."
+    )
+
+
+def _bad_rows(state: torch.Tensor) -> list[int]:
+    finite = torch.isfinite(state).flatten(1).all(1) if state.dim() > 1 else torch.isfinite(state)
+    return (~finite).nonzero().flatten().tolist()

@@ -1,0 +1,87 @@
+"""Command-line overrides as a list: which key each sets, how two lists merge, and how a resume gets its own back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf
+
+from neuralode.errors import UsageError
+
+
+def key_of(override: str) -> str:
+    """`optimizer.lr` from `optimizer.lr=0.1`, `experiment` from `+experiment=moons`."""
+    return override.split("=", 1)[0].lstrip("+~").strip()
+
+
+def value_of(overrides: list[str], key: str) -> str | None:
+    """The value that the list gives to a key, the last one if there are several; without its quotes."""
+    values = [o.split("=", 1)[1] for o in overrides if "=" in o and key_of(o) == key]
+    return values[-1].strip().strip("'\"") if values else None
+
+
+def merged(first: list[str], second: list[str]) -> list[str]:
+    """Both lists, the second one's word counting where they set the same key."""
+    chosen: dict[str, str] = {}
+    for override in [*first, *second]:
+        chosen.pop(key_of(override), None)
+        chosen[key_of(override)] = override
+    return list(chosen.values())
+
+
+def with_saved(overrides: list[str]) -> list[str]:
+    """For `ckpt_path=<run>/checkpoints/x.ckpt`: the overrides that made that run, these on top, in its own folder.
+
+    Raises UsageError if the checkpoint does not exist.
+    """
+    given = value_of(overrides, "ckpt_path")
+    if given in (None, "", "null"):
+        return overrides
+    path = Path(str(given)).expanduser().resolve()
+    if not path.is_file():
+        raise UsageError(
+            f"ckpt_path: there is no checkpoint {given!r}; an earlier run has its own in its folder 'checkpoints'."
+        )
+    folder = path.parent.parent
+    saved = folder / "overrides.yaml"
+    here = [f"ckpt_path='{path}'"]
+    if saved.is_file():
+        here.append(f"hydra.run.dir='{folder}'")
+        overrides = merged([str(o) for o in OmegaConf.to_container(OmegaConf.load(saved)) or []], overrides)
+    return merged(overrides, [o for o in here if not (key_of(o) == "hydra.run.dir" and _sets_folder(overrides))])
+
+
+def keep_saved(cfg: DictConfig, overrides_file: Path, config_file: Path) -> DictConfig:
+    """`cfg` with every value that the YAML files have changed since the run was started put back.
+
+    What the new command line changed stays changed.
+    """
+    then = _flat(OmegaConf.to_container(OmegaConf.load(config_file)))
+    now = _flat(
+        OmegaConf.to_container(
+            compose("train", overrides=[str(o) for o in OmegaConf.to_container(OmegaConf.load(overrides_file)) or []]),
+            resolve=True,
+        )
+    )
+    cfg = cfg.copy()
+    OmegaConf.resolve(cfg)
+    asked = _flat(OmegaConf.to_container(cfg))
+    OmegaConf.set_struct(cfg, False)
+    for key, value in then.items():
+        drifted = key in now and now[key] != value and key not in ("paths.output", "ckpt_path")
+        if drifted and asked.get(key) == now[key]:
+            print(f"{key}: keeping {value!r} of the saved config (the files now say {now[key]!r})")
+            OmegaConf.update(cfg, key, value, merge=False)
+    return cfg
+
+
+def _sets_folder(overrides: list[str]) -> bool:
+    return any(key_of(o) == "hydra.run.dir" for o in overrides)
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict) or not node:
+        return {prefix.rstrip("."): node}
+    return {key: value for name, part in node.items() for key, value in _flat(part, f"{prefix}{name}.").items()}

@@ -1,0 +1,114 @@
+"""`result.json` of every run, and the tables and figures that are made from those files alone.
+
+`python -m neuralode.results runs/digits` prints the table of all runs below a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from neuralode.errors import UsageError
+
+RESULT = "result.json"
+PACKAGES = ("neuralode", "torch", "torchdiffeq", "lightning", "hydra-core")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_result(folder: Path, result: Mapping[str, Any], name: str = RESULT) -> None:
+    """Writes a result; a reader never sees half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".{name}.draft"
+    draft.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    os.replace(draft, folder / name)
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """All results below a folder, in order of their paths. Raises UsageError where there is none."""
+    files = sorted(folder.rglob(RESULT))
+    if not files:
+        raise UsageError(f"there is no {RESULT} below {str(folder)!r}; give the folder of a finished run.")
+    return [{**json.loads(file.read_text()), "folder": str(file.parent)} for file in files]
+
+
+def value(result: Mapping[str, Any], column: str) -> float | None:
+    """A column of a result: a metric such as `test/accuracy`, or `parameters`, `seconds`, ..."""
+    for place in (result.get("metrics", {}), result.get("solver", {}), result):
+        if isinstance(place.get(column), int | float):
+            return float(place[column])
+    return None
+
+
+def by_arm(results: Sequence[Mapping[str, Any]], column: str) -> dict[str, list[float]]:
+    """The column's values, one a seed, for each arm."""
+    arms: dict[str, list[float]] = {}
+    for result in results:
+        found = value(result, column)
+        arms.setdefault(result["arm"] or result["name"], []).extend([] if found is None else [found])
+    return arms
+
+
+def columns_with_values(results: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+    """Those of the columns that at least one result fills."""
+    return [column for column in columns if any(value(r, column) is not None for r in results)]
+
+
+def print_table(results: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Prints an arm a line: the mean over its seeds, and the standard deviation where there are several."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = columns_with_values(results, columns or results[0]["config"]["columns"])
+    table = Table(title=results[0]["name"], title_justify="left", header_style="bold")
+    table.add_column("arm" if results[0]["arm"] else "run")
+    table.add_column("seeds", justify="right")
+    for column in columns:
+        table.add_column(column, justify="right")
+    found = {column: by_arm(results, column) for column in columns}
+    for arm in by_arm(results, ""):
+        seeds = sum((r["arm"] or r["name"]) == arm for r in results)
+        table.add_row(arm, str(seeds), *(_cell(found[column].get(arm, [])) for column in columns))
+    # in a log file there is no window to fit into: keep every row on one line
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    mean = statistics.fmean(values)
+    if len(values) == 1 or max(values) == min(values):
+        return f"{mean:.6g}"
+    return f"{mean:.4g} ± {statistics.stdev(values):.2g}"
+
+
+def main() -> None:
+    """Prints a table for each experiment below the folder given on the command line."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m neuralode.results FOLDER")
+    try:
+        results = read_results(Path(sys.argv[1]))
+    except UsageError as error:
+        sys.exit(str(error))
+    for name in dict.fromkeys(r["name"] for r in results):
+        print_table([r for r in results if r["name"] == name])
+
+
+if __name__ == "__main__":
+    main()

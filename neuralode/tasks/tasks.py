@@ -1,0 +1,96 @@
+"""The tasks: what is minimised, and what is reported beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from neuralode.errors import UsageError, unknown
+from neuralode.tasks.task import Measured, Task
+
+
+class Classification(Task):
+    """Cross-entropy on logits [B, classes]; reports accuracy.
+
+    Args:
+        label_smoothing: part of the target spread over all classes while training.
+        model, optimizer, scheduler, ...: as in Task.
+    """
+
+    metric, mode = "accuracy", "max"
+
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, **task: Any):
+        super().__init__(model, **task)
+        if not 0 <= label_smoothing < 1:
+            raise UsageError(f"task.label_smoothing is {label_smoothing}; it has to be in [0, 1).")
+        self.label_smoothing = label_smoothing
+
+    def measure(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> Measured:
+        x, y = batch
+        logits = self(x)
+        smoothing = self.label_smoothing if stage == "train" else 0.0
+        loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
+        return {"loss": loss, "accuracy": (logits.argmax(-1) == y).float().mean()}
+
+
+class Regression(Task):
+    """Mean squared error on [B, targets]."""
+
+    metric, mode = "loss", "min"
+
+    def measure(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> Measured:
+        x, y = batch
+        predicted = self(x)
+        if predicted.shape != y.shape:
+            raise UsageError(f"the model returns shape {tuple(predicted.shape)} for targets {tuple(y.shape)}.")
+        return {"loss": F.mse_loss(predicted, y)}
+
+
+class TrajectoryFitting(Task):
+    """Follows observed trajectories [B, T, D] at times [T] from their first points.
+
+    Reports the mean absolute error, and where the record goes on after `train_until`, that of the forecast.
+
+    Args:
+        loss: `mse`, `mae` or `log_mse` (of logarithms, for positive states whose errors are relative); errors are
+            measured in units of the model's scale.
+        train_until: last fitted time; the data module knows it.
+        model, optimizer, scheduler, ...: as in Task.
+    """
+
+    metric, mode = "mae", "min"
+
+    def __init__(self, model: nn.Module, loss: str = "mse", train_until: float | None = None, **task: Any):
+        super().__init__(model, **task)
+        if loss not in _TRAJECTORY_LOSSES:
+            raise UsageError(unknown("task.loss", loss, _TRAJECTORY_LOSSES))
+        self.loss_name, self.train_until = loss, train_until
+
+    def measure(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> Measured:
+        y, t = batch
+        predicted = self(y[:, 0], t)
+        scale = getattr(self.model, "scale", 1.0)
+        fitted = t <= self.train_until if self.train_until is not None else torch.ones_like(t, dtype=torch.bool)
+        error = (predicted - y).abs()
+        measured = {
+            "loss": _TRAJECTORY_LOSSES[self.loss_name](predicted[:, fitted] / scale, y[:, fitted] / scale),
+            "mae": error.mean(),
+        }
+        if stage == "test" and not fitted.all():
+            measured |= {"fit_mae": error[:, fitted].mean(), "forecast_mae": error[:, ~fitted].mean()}
+        return measured
+
+
+def _log_mse(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(predicted.clamp_min(1e-6).log(), target.clamp_min(1e-6).log())
+
+
+_TRAJECTORY_LOSSES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "mse": F.mse_loss,
+    "mae": F.l1_loss,
+    "log_mse": _log_mse,
+}

@@ -1,0 +1,1 @@
+"""Arrays in, matplotlib figures out; the only room that imports matplotlib."""
