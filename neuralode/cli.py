@@ -38,6 +38,7 @@ def config_dir() -> Path:
 def main() -> None:
     """`python train.py` and `neuralode-train`: exits 0, or with a code and one sentence that says what to do."""
     _exit_cleanly_on_signals()
+    sys.path.insert(0, os.getcwd())  # where `model.field=my_module.MyField` is looked for
     OmegaConf.register_new_resolver("experiments", list_experiments, replace=True)
     arguments = get_args_parser().parse_args()
     runs = not (arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion)

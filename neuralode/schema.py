@@ -17,16 +17,20 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from torch import nn
 
-from neuralode.data import DATA
+from neuralode.data import DATA, ArrayData
 from neuralode.errors import UsageError, unknown
 from neuralode.models import MODELS
 from neuralode.ode import SolverConfig
 from neuralode.tasks import TASKS, Task
 
 # Arguments that the run provides, from the data or from other groups; no config sets them.
-PROVIDED = {"features", "classes", "image", "targets", "scale", "solver", "model", "optimizer", "scheduler",
-            "scheduler_monitor", "interval", "description"}  # fmt: skip
+PROVIDED: dict[type, set[str]] = {
+    nn.Module: {"features", "classes", "image", "targets", "scale", "solver"},
+    Task: {"model", "optimizer", "scheduler", "scheduler_monitor", "interval", "description", "train_until"},
+    ArrayData: set(),
+}
 
 
 @dataclass
@@ -138,13 +142,12 @@ def _merge(schema: type, node: Any, path: str) -> DictConfig:
 
 def config_arguments(cls: type) -> dict[str, inspect.Parameter]:
     """The arguments of a registered class that a config may set."""
-    parameters = dict(inspect.signature(cls).parameters)
-    if issubclass(cls, Task):
-        parameters.pop("train_until", None)
+    # a Task is an nn.Module too: the closest base counts
+    provided = next(PROVIDED[base] for base in cls.__mro__ if base in PROVIDED)
     return {
         name: p
-        for name, p in parameters.items()
-        if name not in PROVIDED and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        for name, p in inspect.signature(cls).parameters.items()
+        if name not in provided and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     }
 
 

@@ -13,7 +13,7 @@ import hydra
 import lightning.pytorch as pl
 import torch
 from hydra.errors import InstantiationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -64,6 +64,8 @@ def _train(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any
     task = build_task(cfg, data)
     callbacks = [instantiate(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     loggers = [instantiate(node, f"logger.{name}", **_purge(cfg)) for name, node in cfg.logger.items() if node]
+    if not loggers:  # it has nothing to write to, and says so by an exception
+        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
     trainer = instantiate(
         cfg.trainer, "trainer", callbacks=callbacks, logger=loggers or False, default_root_dir=str(folder)
     )
@@ -76,7 +78,7 @@ def _train(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(LAYOUT)
         trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = dict(next((c.metrics for c in callbacks if isinstance(c, ExactResume)), {}))
     if cfg.test:
         metrics |= _test(cfg, trainer, task, data)
 

@@ -34,7 +34,7 @@ def stop_at_once(signum: int, _frame: FrameType | None) -> None:
 class ExactResume(pl.Callback):
     """Keeps `last.ckpt` such that a resumed run equals the uninterrupted one bit for bit (on the CPU).
 
-    The only safe point is just before a training batch: all that belongs to earlier batches and epochs, validation
+    The only safe point is just before a training batch that begins an optimiser step: all that belongs to earlier batches and epochs, validation
     and schedulers included, is done by then. There this callback saves, every so often and when a signal came in;
     and there, after a resume, it restores the random states.
 
@@ -50,6 +50,8 @@ class ExactResume(pl.Callback):
         self.every_seconds = every_seconds
         self.seconds = 0.0
         """Wall time of the fit, earlier parts of a resumed run included."""
+        self.metrics: dict[str, float] = {}
+        """Last value of every metric, earlier parts of a resumed run included."""
         self._signum: int | None = None
         self._handlers: dict[int, Any] = {}
         self._saved_at = -float("inf")
@@ -57,7 +59,8 @@ class ExactResume(pl.Callback):
         self._finished: bool | None = None  # which kind of save is under way; None when another callback saves
         self._restored: dict[str, Any] | None = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # As late as this, for Lightning has put its own handler in place by now, which would end the run with code 0.
         self._started = time.monotonic() - self.seconds
         try:
             for signum in (signal.SIGINT, signal.SIGTERM):
@@ -70,6 +73,8 @@ class ExactResume(pl.Callback):
             _set_random_states(self._restored["random"])
             trainer.fit_loop.epoch_loop._batches_that_stepped = self._restored["batches_that_stepped"]
             self._restored = None
+        if index % trainer.accumulate_grad_batches:
+            return  # half-accumulated gradients are not in a checkpoint
         stop = _any_process(trainer, self._signum is not None)
         if stop or _any_process(trainer, time.monotonic() - self._saved_at > self.every_seconds):
             self._save(trainer, finished=False)
@@ -77,13 +82,15 @@ class ExactResume(pl.Callback):
             raise Stopped(self._signum or signal.SIGTERM)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save(trainer, finished=True)
+        self._save(trainer, finished=True)  # which also updates seconds and metrics
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.seconds = time.monotonic() - self._started
+        self.metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         checkpoint[KEY] = {
+            "metrics": dict(self.metrics),
             "random": _random_states(),
             "batches_that_stepped": trainer.fit_loop.epoch_loop._batches_that_stepped,
             "seconds": self.seconds,
@@ -108,6 +115,7 @@ class ExactResume(pl.Callback):
         if trainer.state.fn == "fit" and KEY in checkpoint:
             self._restored = checkpoint[KEY]
             self.seconds = checkpoint[KEY]["seconds"]
+            self.metrics = dict(checkpoint[KEY]["metrics"])
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for signum, handler in self._handlers.items():

@@ -1,0 +1,62 @@
+"""Every shipped YAML fits the classes that it fills, and nothing else gets through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import yaml
+
+from neuralode.cli import config_dir
+from neuralode.errors import UsageError
+from neuralode.schema import REGISTRIES, config_arguments
+
+FILES = [(g, f) for g in REGISTRIES for f in sorted((config_dir() / g).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(("group", "file"), FILES, ids=lambda x: getattr(x, "stem", x))
+def test_every_argument_of_a_class_can_be_overridden(group: str, file: object, make_config: Callable) -> None:
+    # Hydra refuses to override a key that no YAML lists
+    name = file.stem  # type: ignore[attr-defined]
+    cfg = make_config(f"{group}={name}")
+    raw = yaml.safe_load(file.read_text())  # type: ignore[attr-defined]
+    listed = set(raw)
+    for parent in raw.get("defaults", []):
+        if parent != "_self_":
+            listed |= set(yaml.safe_load((config_dir() / group / f"{parent}.yaml").read_text()))
+    assert set(config_arguments(REGISTRIES[group][0][cfg[group].name])) <= listed - {"name", "defaults"}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("+solver.foo=3", ["solver.foo", "Allowed", "solver.atol"]),
+        ("+solver.rtoll=3", ["solver.rtoll", "did you mean 'solver.rtol'"]),
+        ("solver.rtol=high", ["solver.rtol", "high"]),
+        ("solver.rtol=-1", ["solver.rtol", "positive"]),
+        ("solver.method=dopr5", ["dopr5", "did you mean 'dopri5'"]),
+        ("solver.method=rk4", ["rk4", "solver.step_size"]),
+        ("solver.gradient=ajoint", ["did you mean 'adjoint'"]),
+        ("data.samples=many", ["data.samples", "many"]),
+        ("+data.sample=3", ["did you mean 'data.samples'"]),
+        ("model.name=ode_clasifier", ["did you mean 'ode_classifier'"]),
+        ("monitor.patience=0.5", ["monitor.patience"]),
+        ("seed=one", ["seed", "one"]),
+        ("+nonsense=1", ["nonsense", "Allowed"]),
+        ("evaluate=worst", ["evaluate", "best"]),
+        ("arm=plain", ["unknown arm 'plain'"]),
+    ],
+)
+def test_wrong_values_are_refused_with_the_key(override: str, words: list[str], make_config: Callable) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_config(override)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_keep_their_types(make_config: Callable) -> None:
+    cfg = make_config("solver.rtol=1", "data.noise=0")
+    assert isinstance(cfg.solver.rtol, float)
+    assert isinstance(cfg.data.noise, float)
+    assert cfg.solver.step_size is None
