@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from neuralode.errors import UsageError, unknown
-from neuralode.overrides import key_of, value_of, with_saved
+from neuralode.overrides import key_of, normalised, value_of, with_saved
 
 USAGE_ERROR, FAILURE = 2, 1
 
@@ -44,7 +44,7 @@ def main() -> None:
     runs = not (arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion)
     try:
         if runs:
-            overrides = with_saved(arguments.overrides)
+            overrides = [normalised(o) for o in with_saved(arguments.overrides)]
             sys.argv[1:] = [a for a in sys.argv[1:] if a not in arguments.overrides] + overrides
             for variant in _variants(overrides) if arguments.multirun else [overrides]:
                 check(variant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from neuralode.errors import UsageError
 from neuralode.models import load
 from neuralode.models.trajectory import TrajectoryModel
-from neuralode.overrides import keep_saved, key_of, merged
-from neuralode.results import by_arm, columns_with_values, print_table
+from neuralode.overrides import keep_saved, key_of, merged, normalised
+from neuralode.results import by_arm, columns_with_values, labels, print_table
 from neuralode.schema import validate
 from neuralode.training import CHECKPOINTS, CONFIG, FIGURES, OVERRIDES, build_data, train
 
@@ -54,7 +55,7 @@ def plan(cfg: DictConfig, overrides: list[str], folder: Path) -> list[Job]:
     for arm in arms:
         for seed in seeds:
             chosen = [f"seed={seed}", f"seeds=[{seed}]"] + ([f"arm={arm}"] if arm is not None else [])
-            ours = merged(list(cfg.arms[arm]) if arm is not None else [], overrides)
+            ours = merged([normalised(o) for o in cfg.arms[arm]] if arm is not None else [], overrides)
             place = folder
             if len(arms) > 1:
                 place = place / str(arm)
@@ -80,7 +81,7 @@ def report(results: list[dict[str, Any]]) -> None:
     print()
     print_table(results)
     folders = [Path(r["config"]["paths"]["output"]) for r in results]
-    top = folders[0] if len(folders) == 1 else Path(*_common(folders))
+    top = Path(os.path.commonpath(folders))
     if len(results) > 1:
         _draw(results, folders, top / FIGURES)
     tested = "best.ckpt" if results[0]["config"]["evaluate"] == "best" else "last.ckpt"
@@ -101,29 +102,21 @@ def _draw(results: list[dict[str, Any]], folders: list[Path], to: Path) -> None:
     arms_figure({c: by_arm(results, c) for c in columns}, title).savefig(to / "comparison.png")
 
     curves, record = [], None
-    for arm in by_arm(results, ""):
-        index = next(i for i, r in enumerate(results) if (r["arm"] or r["name"]) == arm)
+    rows = labels(results)
+    for arm in dict.fromkeys(rows):
+        index = rows.index(arm)  # its first seed
         model = load(folders[index] / CHECKPOINTS / "last.ckpt")
         if not isinstance(model, TrajectoryModel):
             return
         data = build_data(OmegaConf.create(results[index]["config"]))
         (y,), (t,) = data.splits.test, data.splits.shared["test"]
-        fine = t.new_tensor(np.linspace(float(t[0]), float(t[-1]), max(400, len(t))))
+        fine = t.new_tensor(np.linspace(float(t[0]), float(t[-1]), max(1000, len(t))))
         curves.append((arm, fine.numpy(), model(y[:, 0], fine)[0].detach().numpy()))
         record = (t.numpy(), y[0].numpy(), data.splits.description)
     if record is not None and len(curves) > 1:
         times, states, described = record
         figure = forecasts_figure(times, states, curves, described["names"], described["train_until"])
         figure.savefig(to / "forecasts.png")
-
-
-def _common(folders: list[Path]) -> tuple[str, ...]:
-    parts = []
-    for level in zip(*(f.parts for f in folders), strict=False):
-        if len(set(level)) > 1:
-            break
-        parts.append(level[0])
-    return tuple(parts)
 
 
 def _short(path: Path) -> str:

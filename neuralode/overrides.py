@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 from neuralode.errors import UsageError
+from neuralode.results import flat
 
 
 def key_of(override: str) -> str:
     """`optimizer.lr` from `optimizer.lr=0.1`, `experiment` from `+experiment=moons`."""
     return override.split("=", 1)[0].lstrip("+~").strip()
+
+
+def normalised(override: str) -> str:
+    """`++model.field_args.x=1` from `model.field_args.x=1`: which arguments there are is the field's own affair, and
+    no YAML lists them, so Hydra would ask for the plus signs."""
+    return "++" + override if override.startswith("model.field_args.") else override
 
 
 def value_of(overrides: list[str], key: str) -> str | None:
@@ -49,7 +56,7 @@ def with_saved(overrides: list[str]) -> list[str]:
     here = [f"ckpt_path='{path}'"]
     if saved.is_file():
         here.append(f"hydra.run.dir='{folder}'")
-        overrides = merged([str(o) for o in OmegaConf.to_container(OmegaConf.load(saved)) or []], overrides)
+        overrides = merged(read_list(saved), overrides)
     return merged(overrides, [o for o in here if not (key_of(o) == "hydra.run.dir" and _sets_folder(overrides))])
 
 
@@ -58,16 +65,11 @@ def keep_saved(cfg: DictConfig, overrides_file: Path, config_file: Path) -> Dict
 
     What the new command line changed stays changed.
     """
-    then = _flat(OmegaConf.to_container(OmegaConf.load(config_file)))
-    now = _flat(
-        OmegaConf.to_container(
-            compose("train", overrides=[str(o) for o in OmegaConf.to_container(OmegaConf.load(overrides_file)) or []]),
-            resolve=True,
-        )
-    )
+    then = _values(OmegaConf.load(config_file))
+    now = _values(compose("train", overrides=read_list(overrides_file)))
     cfg = cfg.copy()
     OmegaConf.resolve(cfg)
-    asked = _flat(OmegaConf.to_container(cfg))
+    asked = _values(cfg)
     OmegaConf.set_struct(cfg, False)
     for key, value in then.items():
         drifted = key in now and now[key] != value and key not in ("paths.output", "ckpt_path")
@@ -77,11 +79,14 @@ def keep_saved(cfg: DictConfig, overrides_file: Path, config_file: Path) -> Dict
     return cfg
 
 
+def read_list(file: Path) -> list[str]:
+    """The overrides in a file."""
+    return [str(override) for override in OmegaConf.load(file)]
+
+
+def _values(cfg: Any) -> dict[str, Any]:
+    return flat(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
+
+
 def _sets_folder(overrides: list[str]) -> bool:
     return any(key_of(o) == "hydra.run.dir" for o in overrides)
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict) or not node:
-        return {prefix.rstrip("."): node}
-    return {key: value for name, part in node.items() for key, value in _flat(part, f"{prefix}{name}.").items()}

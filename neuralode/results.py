@@ -10,6 +10,7 @@ import os
 import platform
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 from neuralode.errors import UsageError
 
 RESULT = "result.json"
+# keys in which the runs of one row differ anyway
+NOT_VARIED = ("seed", "paths.", "ckpt_path", "arm", "trainer.default_root_dir", "fit", "test")
 PACKAGES = ("neuralode", "torch", "torchdiffeq", "lightning", "hydra-core")
 
 
@@ -56,13 +59,34 @@ def value(result: Mapping[str, Any], column: str) -> float | None:
     return None
 
 
+def labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The row of the table that each result belongs to: its arm, and the config values in which a sweep differs."""
+    names = [r["arm"] or r["name"] for r in results]
+    configs = [{k: v for k, v in flat(r["config"]).items() if not k.startswith(NOT_VARIED)} for r in results]
+    rows = []
+    for name, config in zip(names, configs, strict=True):
+        alike = [c for n, c in zip(names, configs, strict=True) if n == name]
+        varied = [f"{k}={config[k]}" for k in config if any(c.get(k) != config[k] for c in alike)]
+        rows.append(" ".join([name, *varied]))
+    return rows
+
+
 def by_arm(results: Sequence[Mapping[str, Any]], column: str) -> dict[str, list[float]]:
-    """The column's values, one a seed, for each arm."""
+    """The column's values, one a seed, for each row of the table."""
     arms: dict[str, list[float]] = {}
-    for result in results:
+    for row, result in zip(labels(results), results, strict=True):
         found = value(result, column)
-        arms.setdefault(result["arm"] or result["name"], []).extend([] if found is None else [found])
+        arms.setdefault(row, []).extend([] if found is None else [found])
     return arms
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`; an empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for key, item in node.items():
+        nested = isinstance(item, Mapping) and item
+        found |= flat(item, f"{prefix}{key}.") if nested else {f"{prefix}{key}": item}
+    return found
 
 
 def columns_with_values(results: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
@@ -82,9 +106,8 @@ def print_table(results: Sequence[Mapping[str, Any]], columns: Sequence[str] | N
     for column in columns:
         table.add_column(column, justify="right")
     found = {column: by_arm(results, column) for column in columns}
-    for arm in by_arm(results, ""):
-        seeds = sum((r["arm"] or r["name"]) == arm for r in results)
-        table.add_row(arm, str(seeds), *(_cell(found[column].get(arm, [])) for column in columns))
+    for arm, runs in Counter(labels(results)).items():
+        table.add_row(arm, str(runs), *(_cell(found[column].get(arm, [])) for column in columns))
     # in a log file there is no window to fit into: keep every row on one line
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 

@@ -23,7 +23,7 @@ from neuralode.errors import UsageError
 from neuralode.models import FIELDS, build_model
 from neuralode.models.registry import MODELS, import_field
 from neuralode.models.saved import describe, read_checkpoint
-from neuralode.results import RESULT, versions, write_result
+from neuralode.results import RESULT, flat, versions, write_result
 from neuralode.schema import solver_config
 from neuralode.tasks import TASKS, Task
 from neuralode.viz.dashboard import LAYOUT
@@ -207,13 +207,13 @@ def _log_hyperparameters(trainer: pl.Trainer, result: Mapping[str, Any]) -> None
     """Fills TensorBoard's hyper-parameters tab with the config's scalars and the final metrics."""
     config = result["config"]
     shown = {group: config[group] for group in ("model", "data", "solver", "optimizer", "scheduler", "seed")}
-    flat = {k: v for k, v in _flat(shown).items() if isinstance(v, bool | int | float | str)}
+    scalars = {k: v for k, v in flat(shown).items() if isinstance(v, bool | int | float | str)}
     finals = {k.replace("test/", "final/"): v for k, v in result["metrics"].items() if k.startswith("test/")}
     finals |= {f"final/{k}": v for k, v in result["solver"].items()}
     finals |= {"final/seconds": result["seconds"], "final/parameters": float(result["parameters"])}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(flat, finals)
+            logger.log_hyperparams(scalars, finals)
             logger.save()
 
 
@@ -248,16 +248,6 @@ def _container(node: Any) -> dict[str, Any]:
     plain = OmegaConf.to_container(node, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _quieten() -> None:

@@ -34,9 +34,9 @@ def stop_at_once(signum: int, _frame: FrameType | None) -> None:
 class ExactResume(pl.Callback):
     """Keeps `last.ckpt` such that a resumed run equals the uninterrupted one bit for bit (on the CPU).
 
-    The only safe point is just before a training batch that begins an optimiser step: all that belongs to earlier batches and epochs, validation
-    and schedulers included, is done by then. There this callback saves, every so often and when a signal came in;
-    and there, after a resume, it restores the random states.
+    The only safe point is just before a training batch that begins an optimiser step: all that belongs to earlier
+    batches and epochs, validation and schedulers included, is done by then. There this callback saves, every so often
+    and when a signal came in; and there, after a resume, it restores the random states.
 
     Args:
         folder: where `last.ckpt` goes.

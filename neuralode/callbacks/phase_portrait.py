@@ -116,7 +116,7 @@ def _classifier_arrays(model: ODEClassifier, x: torch.Tensor, y: torch.Tensor) -
 def _series_arrays(model: TrajectoryModel, data: ArrayData) -> dict[str, Any]:
     device = _device(model)
     (y,), (t,) = data.splits.test, data.splits.shared["test"]
-    fine = torch.linspace(float(t[0]), float(t[-1]), max(400, len(t)), device=device, dtype=y.dtype)
+    fine = torch.linspace(float(t[0]), float(t[-1]), max(1000, len(t)), device=device, dtype=y.dtype)
     curve = model(y[:, 0].to(device), fine)[0]
     arrays = {
         "times": t.numpy(),

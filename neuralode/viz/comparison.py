@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from neuralode.viz.phase_portrait import Array, draw_series
 from neuralode.viz.style import COLOURS, new_figure
@@ -30,6 +31,9 @@ def arms_figure(values: Mapping[str, Mapping[str, Sequence[float]]], title: str)
         panel.set_ylim(len(arms) - 0.5, -0.5)
         panel.set_title(column)
         panel.margins(x=0.15)
+        panel.locator_params(axis="x", nbins=4)
+        if max((v for found in by_arm.values() for v in found), default=0) >= 10_000:
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.grid(axis="x", alpha=0.3)
     figure.suptitle(title, fontsize=10)
     return figure

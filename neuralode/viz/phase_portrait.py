@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from neuralode.viz.style import COLOURS, GREY, new_figure
 
@@ -114,6 +115,8 @@ def draw_series(
             panel.plot(fine, values[:, column], dashes[i % 4], color=colour, lw=1.3, label=f"{name}, {label}")
     if train_until is not None:
         panel.axvspan(train_until, float(times[-1]), color=GREY, alpha=0.15, lw=0, label="forecast")
+    if times[-1] - times[0] >= 10:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))  # years, say
     panel.set(xlabel="t", title="record and model")
     panel.legend(fontsize=7)
 
