@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -78,7 +79,7 @@ def list_experiments() -> str:
 
 def _hand_over() -> None:
     failures: list[BaseException] = []
-    results: list[dict[str, Any]] = []
+    files: list[Path] = []
 
     def job(cfg: DictConfig) -> None:
         from neuralode.experiment import run  # here, since Lightning takes seconds to import
@@ -91,7 +92,7 @@ def _hand_over() -> None:
             failures.append(error)  # a sweep goes on with its other jobs
             _tell(error)
         else:
-            results.extend(found)
+            files.extend(found)
 
     try:
         hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(_unwrapped(job))()
@@ -99,10 +100,10 @@ def _hand_over() -> None:
         raise
     except Exception as error:
         _complain(error, FAILURE)
-    if results and _is_first_process():
+    if files and _is_first_process():
         from neuralode.experiment import report
 
-        report(results)
+        report(files)
     if failures:
         sys.exit(USAGE_ERROR if isinstance(failures[0], UsageError) else FAILURE)
 
@@ -184,6 +185,12 @@ def _tell(error: BaseException) -> None:
         traceback.print_exception(error)
         return
     sentence = str(error).strip() or "no further message"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        error = UsageError(
+            "the disk is full. What was saved is intact: free some space, then go on with "
+            "ckpt_path=<run>/checkpoints/last.ckpt."
+        )
+        sentence = str(error)
     known = isinstance(error, UsageError) or type(error).__name__ in ("SolveError", "MisconfigurationException")
     kind = "" if known else f"{type(error).__name__}: "
     hint = "" if isinstance(error, UsageError) else "\n(HYDRA_FULL_ERROR=1 shows where it happened.)"

@@ -16,7 +16,7 @@ from neuralode.errors import UsageError
 from neuralode.models import load
 from neuralode.models.trajectory import TrajectoryModel
 from neuralode.overrides import keep_saved, key_of, merged, normalised
-from neuralode.results import by_arm, columns_with_values, labels, print_table
+from neuralode.results import RESULT, TEST_RESULT, by_arm, columns_with_values, labels, print_table, read_result
 from neuralode.schema import validate
 from neuralode.training import CHECKPOINTS, CONFIG, FIGURES, OVERRIDES, build_data, train
 
@@ -29,16 +29,17 @@ class Job:
     folder: Path
 
 
-def run(cfg: DictConfig) -> list[dict[str, Any]]:
-    """What Hydra calls: runs all arms and seeds of a composed config; returns their results."""
+def run(cfg: DictConfig) -> list[Path]:
+    """What Hydra calls: runs all arms and seeds of a composed config; returns the result files."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     jobs = plan(validate(cfg), list(HydraConfig.get().overrides.task), folder)
-    results = []
     for job in jobs:
         if len(jobs) > 1:
             print(f"── {job.folder.relative_to(folder)}", flush=True)
-        results.append(train(_config(job, folder), job.folder, job.overrides))
-    return results
+        train(_config(job), job.folder, job.overrides)
+    if cfg.trainer.fast_dev_run:
+        return []
+    return [job.folder / (RESULT if cfg.fit else TEST_RESULT) for job in jobs]
 
 
 def plan(cfg: DictConfig, overrides: list[str], folder: Path) -> list[Job]:
@@ -65,7 +66,7 @@ def plan(cfg: DictConfig, overrides: list[str], folder: Path) -> list[Job]:
     return jobs
 
 
-def _config(job: Job, folder: Path) -> DictConfig:
+def _config(job: Job) -> DictConfig:
     cfg = compose("train", overrides=job.overrides)
     if cfg.ckpt_path is not None and (job.folder / CONFIG).is_file():
         cfg = keep_saved(cfg, job.folder / OVERRIDES, job.folder / CONFIG)
@@ -74,13 +75,12 @@ def _config(job: Job, folder: Path) -> DictConfig:
     return validate(cfg)
 
 
-def report(results: list[dict[str, Any]]) -> None:
-    """Prints the table, draws the comparison, and says where everything is."""
-    if not results or results[0]["config"]["trainer"].get("fast_dev_run"):
-        return
+def report(files: list[Path]) -> None:
+    """From these result files: prints the table, draws the comparison, says where everything is."""
+    results = [read_result(file) for file in files]
+    folders = [file.parent for file in files]
     print()
     print_table(results)
-    folders = [Path(r["config"]["paths"]["output"]) for r in results]
     top = Path(os.path.commonpath(folders))
     if len(results) > 1:
         _draw(results, folders, top / FIGURES)

@@ -19,8 +19,9 @@ from typing import Any
 from neuralode.errors import UsageError
 
 RESULT = "result.json"
+TEST_RESULT = "test.json"  # of a checkpoint that was only tested
 # keys in which the runs of one row differ anyway
-NOT_VARIED = ("seed", "paths.", "ckpt_path", "arm", "trainer.default_root_dir", "fit", "test")
+NOT_VARIED = ("seed", "paths.", "ckpt_path", "arm", "fit", "test")
 PACKAGES = ("neuralode", "torch", "torchdiffeq", "lightning", "hydra-core")
 
 
@@ -48,7 +49,12 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     files = sorted(folder.rglob(RESULT))
     if not files:
         raise UsageError(f"there is no {RESULT} below {str(folder)!r}; give the folder of a finished run.")
-    return [{**json.loads(file.read_text()), "folder": str(file.parent)} for file in files]
+    return [read_result(file) for file in files]
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """The content of one result file."""
+    return json.loads(file.read_text())
 
 
 def value(result: Mapping[str, Any], column: str) -> float | None:
@@ -62,13 +68,19 @@ def value(result: Mapping[str, Any], column: str) -> float | None:
 def labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """The row of the table that each result belongs to: its arm, and the config values in which a sweep differs."""
     names = [r["arm"] or r["name"] for r in results]
-    configs = [{k: v for k, v in flat(r["config"]).items() if not k.startswith(NOT_VARIED)} for r in results]
+    configs = [_comparable(r["config"]) for r in results]
     rows = []
     for name, config in zip(names, configs, strict=True):
         alike = [c for n, c in zip(names, configs, strict=True) if n == name]
         varied = [f"{k}={config[k]}" for k in config if any(c.get(k) != config[k] for c in alike)]
         rows.append(" ".join([name, *varied]))
     return rows
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config that say what was run, and not where."""
+    folder = str(config.get("paths", {}).get("output"))
+    return {k: v for k, v in flat(config).items() if not k.startswith(NOT_VARIED) and folder not in str(v)}
 
 
 def by_arm(results: Sequence[Mapping[str, Any]], column: str) -> dict[str, list[float]]:

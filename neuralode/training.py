@@ -23,10 +23,11 @@ from neuralode.errors import UsageError
 from neuralode.models import FIELDS, build_model
 from neuralode.models.registry import MODELS, import_field
 from neuralode.models.saved import describe, read_checkpoint
-from neuralode.results import RESULT, flat, versions, write_result
+from neuralode.nn import ODEBlock
+from neuralode.results import RESULT, TEST_RESULT, flat, versions, write_result
 from neuralode.schema import solver_config
 from neuralode.tasks import TASKS, Task
-from neuralode.viz.dashboard import LAYOUT
+from neuralode.viz.dashboard import layout
 
 CONFIG, OVERRIDES = "config.yaml", "overrides.yaml"
 CHECKPOINTS, FIGURES = "checkpoints", "figures"
@@ -76,7 +77,8 @@ def _train(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any
             _write_config(cfg, folder, overrides)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(LAYOUT)
+                solves = any(isinstance(part, ODEBlock) for part in task.modules())
+                logger.experiment.add_custom_scalars(layout(task.metric, solves))
         trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
     metrics = dict(next((c.metrics for c in callbacks if isinstance(c, ExactResume)), {}))
     if cfg.test:
@@ -88,7 +90,7 @@ def _train(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any
         if cfg.fit:
             _log_hyperparameters(trainer, result)
             _draw_learning(folder, cfg.name)
-        write_result(folder, result, RESULT if cfg.fit else "test.json")
+        write_result(folder, result, RESULT if cfg.fit else TEST_RESULT)
     return result
 
 
@@ -101,7 +103,8 @@ def instantiate(node: Any, key: str, **kwargs: Any) -> Any:
         if isinstance(cause, UsageError):
             raise cause from error
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        raise UsageError(f"{key} cannot be made: {reason}") from error
+        advice = " (trainer.accelerator=cpu trainer.devices=1 works on any machine.)" if key == "trainer" else ""
+        raise UsageError(f"{key} cannot be made: {reason}{advice}") from error
 
 
 def build_data(cfg: DictConfig) -> ArrayData:
@@ -207,7 +210,11 @@ def _log_hyperparameters(trainer: pl.Trainer, result: Mapping[str, Any]) -> None
     """Fills TensorBoard's hyper-parameters tab with the config's scalars and the final metrics."""
     config = result["config"]
     shown = {group: config[group] for group in ("model", "data", "solver", "optimizer", "scheduler", "seed")}
-    scalars = {k: v for k, v in flat(shown).items() if isinstance(v, bool | int | float | str)}
+    scalars = {
+        k.removesuffix("._target_"): v
+        for k, v in flat(shown).items()
+        if isinstance(v, bool | int | float | str) and not k.endswith("._partial_")
+    }
     finals = {k.replace("test/", "final/"): v for k, v in result["metrics"].items() if k.startswith("test/")}
     finals |= {f"final/{k}": v for k, v in result["solver"].items()}
     finals |= {"final/seconds": result["seconds"], "final/parameters": float(result["parameters"])}

@@ -124,6 +124,7 @@ def test_arms_and_seeds_in_one_command(train_cli: Cli, tmp_path: Path) -> None:
     results = sorted(p.parent.relative_to(tmp_path / "run").as_posix() for p in tmp_path.rglob("result.json"))
     assert results == ["augmented/seed_0", "augmented/seed_1", "plain/seed_0", "plain/seed_1"]
     assert (tmp_path / "run" / "figures" / "comparison.png").is_file()
+    assert [line.split("│")[2].strip() for line in done.output.splitlines() if "│" in line] == ["2", "2"]
     augment = json.loads((tmp_path / "run/augmented/seed_1/result.json").read_text())["config"]["model"]["augment"]
     assert augment == 1
 

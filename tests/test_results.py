@@ -18,7 +18,13 @@ def result(arm: str | None, seed: int, accuracy: float, **config: float) -> dict
         "metrics": {"test/accuracy": accuracy},
         "parameters": 10,
         "solver": {"nfe_test": 14.0},
-        "config": {"columns": ["test/accuracy", "test/mae", "nfe_test"], "seed": seed, "optimizer": config},
+        "config": {
+            "columns": ["test/accuracy", "test/mae", "nfe_test"],
+            "seed": seed,
+            "optimizer": config,
+            "paths": {"output": f"runs/{seed}"},
+            "callbacks": {"last": {"folder": f"runs/{seed}/checkpoints"}},
+        },
     }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
+import lightning.pytorch as pl
 import pytest
 import yaml
 
@@ -53,6 +55,11 @@ def test_wrong_values_are_refused_with_the_key(override: str, words: list[str], 
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_every_flag_of_the_trainer_is_listed(make_config: Callable) -> None:
+    flags = set(inspect.signature(pl.Trainer).parameters) - {"logger", "callbacks", "default_root_dir"}
+    assert flags == set(make_config().trainer) - {"_target_"}
 
 
 def test_values_keep_their_types(make_config: Callable) -> None:
