@@ -148,4 +148,7 @@ def _images(x: np.ndarray, y: np.ndarray) -> Batch:
 def _hold_back(x: np.ndarray, y: np.ndarray, fraction: float) -> tuple[np.ndarray, ...]:
     if not 0 < fraction < 1:
         raise UsageError(f"data.val_fraction is {fraction}; it has to be between 0 and 1.")
-    return tuple(train_test_split(x, y, test_size=fraction, stratify=y, random_state=0))
+    try:
+        return tuple(train_test_split(x, y, test_size=fraction, stratify=y, random_state=0))
+    except ValueError as error:  # too few images of some class
+        raise UsageError(f"data.val_fraction={fraction} of {len(x)} images cannot be held back: {error}") from error

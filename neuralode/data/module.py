@@ -45,6 +45,8 @@ class ArrayData(pl.LightningDataModule, abc.ABC):
         super().__init__()
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"data.batch_size is {batch_size}; it has to be at least 1, or null for full batches.")
+        if eval_batch_size is not None and eval_batch_size < 1:
+            raise UsageError(f"data.eval_batch_size is {eval_batch_size}; it has to be at least 1, or null for all.")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self._splits: Splits | None = None
 

@@ -54,12 +54,18 @@ class SeriesData(ArrayData, abc.ABC):
             )
         train, train_times = self._windows(t[:fitted], y[:fitted])
         t, y = standard_float(t), standard_float(y)
+        if not bool((t[1:] > t[:-1]).all()):
+            raise UsageError(
+                f"the times are too close together for {t.dtype}: count them from another origin, or train with "
+                "trainer.precision=64-true."
+            )
+        spread = y[:fitted].std(0)
         return Splits(
             train=(train,),
             val=(y[None, :fitted],),
             test=(y[None],),
             shared={"train": (train_times,), "val": (t[:fitted],), "test": (t,)},
-            model_args={"features": y.shape[1], "scale": y[:fitted].std(0).tolist()},
+            model_args={"features": y.shape[1], "scale": torch.where(spread > 0, spread, 1.0).tolist()},
             description={"names": names, "train_until": t[fitted - 1].item() if fitted < len(t) else None},
         )
 

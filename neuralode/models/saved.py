@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"there is no checkpoint {str(path)!r}; give the path of a .ckpt file of an earlier run.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # what a damaged pickle may raise is not documented
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"the checkpoint {str(path)!r} cannot be read ({reason}); use another one.") from error
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):
         raise UsageError(f"{str(path)!r} is not a checkpoint of neuralode: it does not say which model it holds.")
     found = checkpoint[KEY].get("format")
     if found != FORMAT:
@@ -56,13 +55,19 @@ def load(path: str | Path) -> nn.Module:
     """
     checkpoint = read_checkpoint(path)
     saved = checkpoint[KEY]
-    args = dict(saved["args"])
-    if isinstance(args.get("solver"), dict):
-        args["solver"] = SolverConfig(**args["solver"])
-    model = build_model(saved["model"], args)
-    weights = {k.removeprefix(PREFIX): v for k, v in checkpoint["state_dict"].items() if k.startswith(PREFIX)}
-    dtypes = {w.dtype for w in weights.values() if w.is_floating_point()}
-    if len(dtypes) == 1:
-        model = model.to(dtypes.pop())
-    model.load_state_dict(weights)
+    try:
+        args = dict(saved["args"])
+        if isinstance(args.get("solver"), dict):
+            args["solver"] = SolverConfig(**args["solver"])
+        model = build_model(saved["model"], args)
+        weights = {k.removeprefix(PREFIX): v for k, v in checkpoint["state_dict"].items() if k.startswith(PREFIX)}
+        dtypes = {w.dtype for w in weights.values() if w.is_floating_point()}
+        if len(dtypes) == 1:
+            model = model.to(dtypes.pop())
+        model.load_state_dict(weights)
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0].rstrip(":. ")
+        raise UsageError(
+            f"the weights in {str(path)!r} do not fit the model that it describes ({reason}); use another one."
+        ) from error
     return model.eval()

@@ -100,7 +100,10 @@ class _Autonomous(nn.Module):
 def _takes_state_alone(field: Callable[..., Any]) -> bool:
     function = getattr(field, "_orig_mod", field)  # what torch.compile wrapped
     function = function.forward if isinstance(function, nn.Module) else function
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return True  # a builtin such as torch.neg, which has no signature, acts on the state
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return False
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -21,6 +21,10 @@ def tensors(state: State) -> tuple[torch.Tensor, ...]:
     return state if isinstance(state, tuple) else (state,)
 
 
+class TooManySteps(Exception):
+    """The step limit of the solve was reached."""
+
+
 class ObservedField:
     """Wraps a field for one solve.
 
@@ -30,16 +34,29 @@ class ObservedField:
     `functional_call` had swapped them in for the time of the call only.
     """
 
-    def __init__(self, field: Field, y0: State, args: Sequence[Any], stats: Stats, callbacks: set[str]):
+    def __init__(
+        self,
+        field: Field,
+        y0: State,
+        args: Sequence[Any],
+        stats: Stats,
+        callbacks: set[str],
+        max_steps: int,
+        direction: float,
+    ):
         self.field, self.args, self.stats = field, tuple(args), stats
         self.shapes = [part.shape for part in tensors(y0)]
         self.captured: dict[str, torch.Tensor] = {}
         if isinstance(field, nn.Module):
             self.captured = {**dict(field.named_parameters()), **dict(field.named_buffers())}
         self.forward_done = False
-        self.last_time = float("nan")
+        self.direction, self.last_time = direction, float("nan")
+        self.last_derivative: State | None = None
+        self.max_steps, self._attempts = max_steps, 0
+        self.callback_step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
         if "callback_accept_step" in callbacks:
             stats.accepted = stats.rejected = 0
+            self.callback_step = self._begin
             self.callback_accept_step, self.callback_reject_step = self._accept, self._reject
         elif "callback_step" in callbacks:
             stats.accepted, stats.rejected = 0, 0
@@ -59,10 +76,8 @@ class ObservedField:
         if not self.forward_done:
             self.stats.nfe += 1
             self._check_shape(dy)
-        first = tensors(dy)[0]
-        if first.requires_grad:
-            first.register_hook(self._count_vjp)
-        return dy
+            self.last_derivative = dy
+        return self._counting_products(dy)
 
     def refuse_unknown_parameters(self, t: torch.Tensor, y0: State) -> None:
         """Raises UsageError if the field depends on a tensor that the continuous adjoint would not see."""
@@ -75,6 +90,7 @@ class ObservedField:
             else:
                 dy = self.field(t.detach(), state, *args)
         self.stats.nfe += 1
+        self._check_shape(dy)
         if any(part.requires_grad for part in tensors(dy)) or any(
             isinstance(a, torch.Tensor) and a.requires_grad for a in self.args
         ):
@@ -93,12 +109,41 @@ class ObservedField:
                 "dy/dt has to have the shape of y."
             )
 
-    def _count_vjp(self, _gradient: torch.Tensor) -> None:
+    def _counting_products(self, dy: State) -> State:
+        """`dy` as new tensors that report when a gradient passes them, once for all parts of a tuple.
+
+        New ones, for the field may return its own input or a parameter, whose hooks would outlive the solve.
+        """
+        if isinstance(dy, torch.Tensor):
+            if dy.requires_grad:
+                dy = dy.view_as(dy)
+                dy.register_hook(self._count_product)
+            return dy
+        parts = tuple(part.view_as(part) for part in dy)
+        watched = [part for part in parts if part.requires_grad]
+        counted: list[bool] = []
+
+        def count(gradient: torch.Tensor) -> None:
+            if not counted:
+                counted.append(True)
+                self._count_product(gradient)
+
+        for part in watched:
+            part.register_hook(count)
+        return parts
+
+    def _count_product(self, _gradient: torch.Tensor) -> None:
         self.stats.nfe_backward += 1
+
+    def _begin(self, _t: torch.Tensor, _y: torch.Tensor, _dt: torch.Tensor) -> None:
+        # torchdiffeq's own limit begins anew at each output time
+        if self._attempts == self.max_steps:
+            raise TooManySteps
+        self._attempts += 1
 
     def _accept(self, t: torch.Tensor, _y: torch.Tensor, dt: torch.Tensor) -> None:
         step = float(dt.detach())
-        self.last_time = float(t.detach()) + step
+        self.last_time = float(t.detach()) + self.direction * step
         self.stats.accepted = (self.stats.accepted or 0) + 1
         self.stats.step_sizes.append(step)
 

@@ -49,4 +49,6 @@ def odeint_event(func: Any, y0: Any, t0: torch.Tensor, *, event_fn: Any, **kwarg
     Returns:
         The event time, a scalar, and the states [2, *shape] at t0 and at the event.
     """
+    if kwargs.get("method") is not None:
+        check_method(kwargs["method"])
     return torchdiffeq.odeint_event(func, y0, t0, event_fn=event_fn, **kwargs)

@@ -115,4 +115,10 @@ def _times(t: torch.Tensor | Sequence[float], like: torch.Tensor) -> torch.Tenso
         raise UsageError("times of shape [B, T], one row a sample, are not built yet; give one row of times, [T].")
     if ts.dim() != 1 or len(ts) < 2:
         raise UsageError(f"t has shape {tuple(ts.shape)}; a solve needs at least two times, [T].")
+    if not ts.is_floating_point():
+        raise UsageError(f"t is of type {ts.dtype}; give times in floating point, for example t.float().")
+    gaps = ts.detach().diff()
+    if not (torch.isfinite(ts).all() and ((gaps > 0).all() or (gaps < 0).all())):
+        shown = ", ".join(f"{float(time):g}" for time in ts[:6]) + (", ..." if len(ts) > 6 else "")
+        raise UsageError(f"t is [{shown}]; the times have to be finite and strictly rising or strictly falling.")
     return ts

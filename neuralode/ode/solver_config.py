@@ -47,14 +47,20 @@ class SolverConfig:
         check_gradient(self.gradient)
         for name in ("rtol", "atol", "adjoint_rtol", "adjoint_atol", "step_size"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
+            optional = name not in ("rtol", "atol")
+            if not (optional and value is None) and not (_is_finite(value) and value > 0):
                 raise UsageError(f"solver.{name} is {value}; it has to be a positive number.")
-        if self.max_steps < 1:
+        if not _is_finite(self.max_steps) or self.max_steps < 1:
             raise UsageError(f"solver.max_steps is {self.max_steps}; it has to be at least 1.")
-        if len(self.t_span) != 2 or self.t_span[0] == self.t_span[1]:
-            raise UsageError(f"solver.t_span is {list(self.t_span)}; it has to be two different times.")
+        span = self.t_span if isinstance(self.t_span, list | tuple) else []
+        if len(span) != 2 or span[0] == span[1] or not all(map(_is_finite, span)):
+            raise UsageError(f"solver.t_span is {self.t_span}; it has to be two different times, both finite.")
         if takes_fixed_steps(self.method) and self.step_size is None and "grid_constructor" not in self.options:
             raise UsageError(f"method {self.method!r} takes fixed steps: give solver.step_size, for example 0.1.")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def check_engine(name: str) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torchdiffeq
 
+from neuralode.errors import UsageError
 from neuralode.ode.methods import supported_callbacks, takes_fixed_steps
-from neuralode.ode.observed_field import Field, ObservedField, tensors
+from neuralode.ode.observed_field import Field, ObservedField, TooManySteps, tensors
 from neuralode.ode.solution import SolveError, State, Stats, Status
 from neuralode.ode.solver_config import SolverConfig
 
@@ -31,7 +32,11 @@ def run(field: Field, y0: State, t: torch.Tensor, args: tuple[Any, ...], config:
 
     Raises SolveError with a diagnosis where torchdiffeq gives up or the result is not finite.
     """
-    observed = ObservedField(field, y0, args, stats, supported_callbacks(config.method))
+    direction = 1.0 if t[-1] > t[0] else -1.0
+    callbacks = supported_callbacks(config.method)
+    observed = ObservedField(field, y0, args, stats, callbacks, config.max_steps, direction)
+    if config.method == "scipy_solver" and config.gradient == "exact" and torch.is_grad_enabled():
+        _refuse_lost_gradient(observed, y0)
     kwargs: dict[str, Any] = {
         "rtol": config.rtol,
         "atol": config.atol,
@@ -47,11 +52,19 @@ def run(field: Field, y0: State, t: torch.Tensor, args: tuple[Any, ...], config:
             ys = torchdiffeq.odeint_adjoint(observed, y0, t, adjoint_params=observed.parameters, **kwargs)
         else:
             ys = torchdiffeq.odeint(observed, y0, t, **kwargs)
+    except TooManySteps as error:
+        raise SolveError(_diagnosis(Status.MAX_STEPS, observed, y0), Status.MAX_STEPS, stats) from error
     except AssertionError as error:
         status = next((status for words, status in _FAILURES.items() if words in str(error)), None)
         if status is None:
             raise
-        raise SolveError(_diagnosis(status, observed, y0), status, stats) from error
+        broken: State = y0
+        if status is Status.STEP_UNDERFLOW and _bad_samples(y0) | _bad_samples(observed.last_derivative):
+            # a NaN makes the error estimate NaN and the next step size zero
+            status = Status.NON_FINITE
+            if not _bad_samples(y0) and observed.last_derivative is not None:
+                broken = observed.last_derivative
+        raise SolveError(_diagnosis(status, observed, broken), status, stats) from error
     finally:
         observed.forward_done = True
     if not all(torch.isfinite(part[-1]).all() for part in tensors(ys)):
@@ -76,7 +89,7 @@ def _options(config: SolverConfig, outputs: int) -> dict[str, Any]:
 def _diagnosis(status: Status, observed: ObservedField, state: State) -> str:
     stats = observed.stats
     where = f" at t = {observed.last_time:.6g}" if stats.accepted else " in the first step"
-    samples = sorted({int(i) for part in tensors(state) if part.dim() for i in _bad_rows(part)})
+    samples = sorted(_bad_samples(state))
     who = f"; not finite in sample {', '.join(map(str, samples[:5]))}" if samples else ""
     steps = ", ".join(f"{h:.3g}" for h in stats.step_sizes[-3:])
     last = f"; last accepted steps {steps}" if steps else ""
@@ -86,6 +99,18 @@ def _diagnosis(status: Status, observed: ObservedField, state: State) -> str:
     )
 
 
-def _bad_rows(state: torch.Tensor) -> list[int]:
-    finite = torch.isfinite(state).flatten(1).all(1) if state.dim() > 1 else torch.isfinite(state)
-    return (~finite).nonzero().flatten().tolist()
+def _bad_samples(state: State | None) -> set[int]:
+    """Indices along dimension 0 at which a part of the state is not finite."""
+    bad: set[int] = set()
+    for part in tensors(state) if state is not None else ():
+        finite = torch.isfinite(part.reshape(len(part) if part.dim() else 1, -1)).all(1)
+        bad |= set((~finite).nonzero().flatten().tolist())
+    return bad
+
+
+def _refuse_lost_gradient(observed: ObservedField, y0: State) -> None:
+    if observed.parameters or any(part.requires_grad for part in tensors(y0)):
+        raise UsageError(
+            "method 'scipy_solver' computes outside torch, so gradient='exact' would be lost without a word; choose "
+            "another method, or solve under torch.no_grad()."
+        )

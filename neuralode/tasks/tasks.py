@@ -58,20 +58,35 @@ class TrajectoryFitting(Task):
     Args:
         loss: `mse`, `mae` or `log_mse` (of logarithms, for positive states whose errors are relative); errors are
             measured in units of the model's scale.
+        warmup_steps, warmup_points: for the first so many optimiser steps only the first so many points of each
+            training window are fitted, since short horizons are cheap and have no far-off minima.
         train_until: last fitted time; the data module knows it.
         model, optimizer, scheduler, ...: as in Task.
     """
 
     metric, mode = "mae", "min"
 
-    def __init__(self, model: nn.Module, loss: str = "mse", train_until: float | None = None, **task: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str = "mse",
+        warmup_steps: int = 0,
+        warmup_points: int = 2,
+        train_until: float | None = None,
+        **task: Any,
+    ):
         super().__init__(model, **task)
         if loss not in _TRAJECTORY_LOSSES:
             raise UsageError(unknown("task.loss", loss, _TRAJECTORY_LOSSES))
+        if warmup_points < 2:
+            raise UsageError(f"task.warmup_points is {warmup_points}; a trajectory has at least 2 points.")
         self.loss_name, self.train_until = loss, train_until
+        self.warmup_steps, self.warmup_points = warmup_steps, warmup_points
 
     def measure(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> Measured:
         y, t = batch
+        if stage == "train" and self.global_step < self.warmup_steps:
+            y, t = y[:, : self.warmup_points], t[: self.warmup_points]
         predicted = self(y[:, 0], t)
         scale = getattr(self.model, "scale", 1.0)
         fitted = t <= self.train_until if self.train_until is not None else torch.ones_like(t, dtype=torch.bool)
