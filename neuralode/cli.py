@@ -23,10 +23,8 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from neuralode.errors import UsageError, unknown
+from neuralode.errors import UsageError, stop_at_once, unknown
 from neuralode.overrides import key_of, normalised, value_of, with_saved
-
-USAGE_ERROR, FAILURE = 2, 1
 
 
 def config_dir() -> Path:
@@ -38,7 +36,8 @@ def config_dir() -> Path:
 
 def main() -> None:
     """`python train.py` and `neuralode-train`: exits 0, or with a code and one sentence that says what to do."""
-    _exit_cleanly_on_signals()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop_at_once)  # where nothing needs saving; the training loop has its own handler
     sys.path.insert(0, os.getcwd())  # where `model.field=my_module.MyField` is looked for
     OmegaConf.register_new_resolver("experiments", list_experiments, replace=True)
     arguments = get_args_parser().parse_args()
@@ -51,7 +50,7 @@ def main() -> None:
                 check(variant)
         _hand_over()
     except UsageError as error:
-        _complain(error, USAGE_ERROR)
+        _complain(error)
 
 
 def check(overrides: list[str]) -> None:
@@ -78,46 +77,31 @@ def list_experiments() -> str:
 
 
 def _hand_over() -> None:
-    failures: list[BaseException] = []
+    """Lets Hydra compose the config and run the job or jobs, then reports."""
+    failures: list[Exception] = []
     files: list[Path] = []
 
     def job(cfg: DictConfig) -> None:
-        from neuralode.experiment import run  # here, since Lightning takes seconds to import
-
         try:
-            found = run(cfg)
-        except Exception as error:
+            from neuralode.experiment import run  # here, since Lightning takes seconds to import
+
+            files.extend(run(cfg))
+        except Exception as error:  # caught before Hydra prints a traceback
             if not _is_sweep():
-                raise
+                _complain(error)
             failures.append(error)  # a sweep goes on with its other jobs
             _tell(error)
-        else:
-            files.extend(found)
 
     try:
-        hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(_unwrapped(job))()
-    except UsageError:
-        raise
+        hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(job)()
     except Exception as error:
-        _complain(error, FAILURE)
+        _complain(error)
     if files and _is_first_process():
         from neuralode.experiment import report
 
         report(files)
     if failures:
-        sys.exit(USAGE_ERROR if isinstance(failures[0], UsageError) else FAILURE)
-
-
-def _unwrapped(job: Any) -> Any:
-    def call(cfg: DictConfig) -> None:
-        try:
-            job(cfg)
-        except UsageError as error:
-            _complain(error, USAGE_ERROR)
-        except Exception as error:
-            _complain(error, FAILURE)
-
-    return call
+        sys.exit(_exit_code(failures[0]))
 
 
 def _is_sweep() -> bool:
@@ -175,33 +159,30 @@ def _known_keys(key: str, overrides: list[str]) -> list[str]:
     return [prefix + str(name) for name in cfg] if isinstance(cfg, DictConfig) else []
 
 
-def _complain(error: BaseException, code: int) -> None:
+def _exit_code(error: Exception) -> int:
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def _complain(error: Exception) -> None:
     _tell(error)
-    sys.exit(code)
+    sys.exit(_exit_code(error))
 
 
-def _tell(error: BaseException) -> None:
+def _tell(error: Exception) -> None:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)
         return
-    sentence = str(error).strip() or "no further message"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         error = UsageError(
             "the disk is full. What was saved is intact: free some space, then go on with "
             "ckpt_path=<run>/checkpoints/last.ckpt."
         )
-        sentence = str(error)
+    sentence = str(error).strip() or "no further message"
     known = isinstance(error, UsageError) or type(error).__name__ in ("SolveError", "MisconfigurationException")
     kind = "" if known else f"{type(error).__name__}: "
     hint = "" if isinstance(error, UsageError) else "\n(HYDRA_FULL_ERROR=1 shows where it happened.)"
     print(f"error: {kind}{sentence}{hint}", file=sys.stderr, flush=True)
 
 
-def _exit_cleanly_on_signals() -> None:
-    """Outside the training loop, where nothing needs saving, a signal ends the program at once."""
-
-    def leave(signum: int, _frame: Any) -> None:
-        raise SystemExit(128 + signum)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, leave)
+if __name__ == "__main__":
+    main()

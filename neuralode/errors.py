@@ -1,13 +1,27 @@
-"""Errors that a person can act on: what was given, what is allowed, what to do."""
+"""Errors that a person can act on (what was given, what is allowed, what to do), and the clean end on a signal."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from types import FrameType
 
 
 class UsageError(ValueError):
     """A mistake in what was asked for; its message is one sentence meant for the person who asked."""
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop by a signal; the exit code is 128 + the signal's number, as in a shell."""
+
+    def __init__(self, signum: int):
+        super().__init__(128 + signum)
+        self.signum = signum
+
+
+def stop_at_once(signum: int, _frame: FrameType | None) -> None:
+    """A signal handler that ends the program where it stands."""
+    raise Stopped(signum)
 
 
 def unknown(kind: str, given: object, allowed: Iterable[str], advice: str = "") -> str:

@@ -53,11 +53,9 @@ def with_saved(overrides: list[str]) -> list[str]:
         )
     folder = path.parent.parent
     saved = folder / "overrides.yaml"
-    here = [f"ckpt_path='{path}'"]
     if saved.is_file():
-        here.append(f"hydra.run.dir='{folder}'")
-        overrides = merged(read_list(saved), overrides)
-    return merged(overrides, [o for o in here if not (key_of(o) == "hydra.run.dir" and _sets_folder(overrides))])
+        overrides = merged([*read_list(saved), f"hydra.run.dir='{folder}'"], overrides)
+    return merged(overrides, [f"ckpt_path='{path}'"])
 
 
 def keep_saved(cfg: DictConfig, overrides_file: Path, config_file: Path) -> DictConfig:
@@ -86,7 +84,3 @@ def read_list(file: Path) -> list[str]:
 
 def _values(cfg: Any) -> dict[str, Any]:
     return flat(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
-
-
-def _sets_folder(overrides: list[str]) -> bool:
-    return any(key_of(o) == "hydra.run.dir" for o in overrides)

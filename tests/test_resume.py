@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from neuralode import training
-from neuralode.callbacks import Stopped
+from neuralode.errors import Stopped
 from tests.conftest import Finished, command, environment
 
 # dropout, shuffling, image shifts and several batches an epoch; 3 epochs of 5 batches

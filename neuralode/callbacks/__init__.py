@@ -1,8 +1,8 @@
 """Callbacks: hooks and logging, no mathematics."""
 
-from neuralode.callbacks.exact_resume import ExactResume, Stopped, stop_at_once
+from neuralode.callbacks.exact_resume import ExactResume
 from neuralode.callbacks.phase_portrait import PhasePortrait
 from neuralode.callbacks.progress import PlainProgress, progress
 from neuralode.callbacks.solver_monitor import SolverMonitor
 
-__all__ = ["ExactResume", "PhasePortrait", "PlainProgress", "SolverMonitor", "Stopped", "progress", "stop_at_once"]
+__all__ = ["ExactResume", "PhasePortrait", "PlainProgress", "SolverMonitor", "progress"]

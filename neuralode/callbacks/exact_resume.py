@@ -13,22 +13,9 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from neuralode.errors import UsageError
+from neuralode.errors import Stopped, UsageError, stop_at_once
 
 KEY = "exact_resume"
-
-
-class Stopped(SystemExit):
-    """The run was asked to stop by a signal; the exit code is 128 + the signal's number, as in a shell."""
-
-    def __init__(self, signum: int):
-        super().__init__(128 + signum)
-        self.signum = signum
-
-
-def stop_at_once(signum: int, _frame: FrameType | None) -> None:
-    """A signal handler that ends the program where it stands."""
-    raise Stopped(signum)
 
 
 class ExactResume(pl.Callback):

@@ -183,3 +183,20 @@ def test_checkpoint_carries_the_description_and_the_sums_so_far() -> None:
     assert checkpoint[KEY] == {"model": "fixed"}
     assert checkpoint["epoch_so_far"]["samples"] == 1
     assert float(checkpoint["epoch_so_far"]["sums"]["loss"]) == 9.0
+
+
+def test_warm_up_fits_the_first_points_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Watching(torch.nn.Module):
+        def forward(self, y0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            seen.append(len(t))
+            return y0[:, None].expand(-1, len(t), -1)
+
+    task = TrajectoryFitting(Watching(), warmup_steps=2, warmup_points=2)
+    for step in range(4):
+        monkeypatch.setattr(TrajectoryFitting, "global_step", step)
+        task.measure((RECORD, TIMES), "train")
+        task.measure((RECORD, TIMES), "val")
+    whole = len(TIMES)
+    assert seen == [2, whole, 2, whole, whole, whole, whole, whole]

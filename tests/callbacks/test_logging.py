@@ -1,0 +1,104 @@
+"""What a run leaves in TensorBoard and in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from neuralode import training
+from neuralode.callbacks import PhasePortrait
+from neuralode.training import train
+from neuralode.viz.scalars import read_scalars
+
+SHORT = ["data.samples=64", "data.batch_size=16", "trainer.max_epochs=3", "monitor.solver_every=1"]
+
+
+@pytest.fixture
+def run(make_config: Callable, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """The result of a short run in tmp_path."""
+
+    def go(*overrides: str) -> dict[str, Any]:
+        return train(make_config(*SHORT, *overrides, output=tmp_path), tmp_path, [*SHORT, *overrides])
+
+    return go
+
+
+def tags(folder: Path, plugin: str) -> set[str]:
+    files = folder.rglob("events.out.tfevents.*")
+    events = (event for file in files for event in EventFileLoader(str(file)).Load())
+    return {v.tag for e in events for v in e.summary.value if v.metadata.plugin_data.plugin_name == plugin}
+
+
+def test_solver_charts_are_those_of_the_steps(run: Callable, tmp_path: Path) -> None:
+    run("solver=rk4", "solver.step_size=0.25")
+    scalars = read_scalars(tmp_path)
+    for tag, value in {"nfe_forward": 16, "nfe_backward": 16, "accepted_steps": 4, "step_size_mean": 0.25}.items():
+        steps, values = scalars[f"solver/{tag}"]
+        assert list(steps) == list(range(1, 13))
+        assert values == pytest.approx(np.full(12, value))
+    share = scalars["solver/forward_time_share"][1]
+    assert ((share > 0) & (share < 1)).all()
+
+
+def test_result_says_what_the_solves_cost(run: Callable) -> None:
+    result = run("solver=rk4", "solver.step_size=0.5", "gradient=adjoint")
+    assert result["solver"]["nfe_forward"] == 9  # four stages in two steps, and the adjoint's look for parameters
+    assert result["solver"]["nfe_test"] == 8
+    assert result["solver"]["nfe_backward"] > 0
+    assert result["solver"]["max_jacobian_norm"] > 0
+
+
+def test_dashboard(run: Callable, tmp_path: Path) -> None:
+    result = run()
+    assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "lr-Adam"} <= set(read_scalars(tmp_path))
+    assert tags(tmp_path, "images") == {"phase_portrait"}
+    assert tags(tmp_path, "hparams") >= {"_hparams_/experiment", "_hparams_/session_start_info"}
+    assert tags(tmp_path, "custom_scalars")
+    assert read_scalars(tmp_path)["final/accuracy"][1][-1] == pytest.approx(result["metrics"]["test/accuracy"])
+
+
+def test_portrait_changes_nothing(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    built: list[torch.nn.Module] = []
+    build = training.build_task
+
+    def remember(*args: Any) -> Any:
+        built.append(build(*args))
+        return built[-1]
+
+    monkeypatch.setattr(training, "build_task", remember)
+    run("monitor.figure_every=1")
+    run("monitor.figure_every=1000")
+    for one, other in zip(built[0].parameters(), built[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert (tmp_path / "figures" / "phase_portrait.png").stat().st_size > 1000
+
+
+def test_failing_portrait_does_not_stop_the_run(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no canvas")
+
+    monkeypatch.setattr("neuralode.callbacks.phase_portrait.portrait", fail)
+    with pytest.warns(UserWarning, match="no canvas"):
+        assert run()["steps"] == 12
+
+
+def test_portrait_refuses_a_cadence_of_zero(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="figure_every"):
+        PhasePortrait(str(tmp_path), every=0)
+
+
+def test_early_stopping(run: Callable) -> None:
+    # with a learning rate of zero nothing gets better
+    result = run("callbacks=early_stopping", "monitor.patience=1", "trainer.max_epochs=9", "optimizer.lr=0.0")
+    assert result["epochs"] == 2
+
+
+def test_more_than_one_logger_or_none(run: Callable, tmp_path: Path) -> None:
+    run("logger=none")
+    assert not read_scalars(tmp_path)
