@@ -88,8 +88,9 @@ def report(files: list[Path]) -> None:
     levels = "/".join("*" for _ in folders[0].relative_to(top).parts)
     print(f"run:         {_short(top)}")
     print(f"checkpoint:  {_short(top / levels / CHECKPOINTS / tested)}")
-    for figure in sorted((top / FIGURES).glob("*.png")):
-        print(f"figure:      {_short(figure)}")
+    for place in dict.fromkeys([top, folders[0]]):  # of the whole, and of one run as an example
+        for figure in sorted((place / FIGURES).glob("*.png")):
+            print(f"figure:      {_short(figure)}")
     print(f"dashboard:   tensorboard --logdir {_short(top)}")
 
 

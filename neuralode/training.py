@@ -181,7 +181,7 @@ def _result(cfg: DictConfig, trainer: pl.Trainer, task: Task, metrics: dict[str,
     seconds = next((c.seconds for c in callbacks if isinstance(c, ExactResume)), math.nan)
     weights = {}
     if task.metric == "loss":  # small regressions are judged by their weights
-        weights = {name: p.detach().flatten().tolist() for name, p in task.model.named_parameters()}
+        weights = {name: p.item() for name, p in task.model.named_parameters() if p.numel() == 1}
     return {
         "name": cfg.name,
         "arm": cfg.arm,

@@ -55,8 +55,8 @@ def test_linear_regression_reaches_the_least_squares_solution(make_config: Calla
     overrides = ["+experiment=linear_regression"]
     result = train(make_config(*overrides, output=tmp_path), tmp_path, overrides)
     weights = result["weights"]
-    assert weights["linear.bias"][0] == pytest.approx(4.21509616, abs=1e-6)
-    assert weights["linear.weight"][0] == pytest.approx(2.77011339, abs=1e-6)
+    assert weights["linear.bias"] == pytest.approx(4.21509616, abs=1e-6)
+    assert weights["linear.weight"] == pytest.approx(2.77011339, abs=1e-6)
 
 
 @pytest.mark.parametrize("gradient", ["exact", "adjoint"])

@@ -13,12 +13,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from neuralode.data import ArrayData
 from neuralode.errors import UsageError
 from neuralode.models.classifier import ODEClassifier
+from neuralode.models.regression import LinearModel
 from neuralode.models.trajectory import TrajectoryModel
 
 
 class PhasePortrait(pl.Callback):
     """Draws the flow to TensorBoard and to a PNG file: for points in the plane the decision boundary and the states
-    along depth time, for time series the phase plane and the curves. Other models have no portrait.
+    along depth time, for time series the phase plane and the curves, for a linear regression the line. Other models
+    have no portrait.
 
     Drawing draws no random number and changes no weight; should it fail, it warns once and switches itself off.
 
@@ -73,6 +75,11 @@ def portrait(model: Any, data: ArrayData) -> Any:
         return viz.classifier_figure(**_classifier_arrays(model, *data.splits.test))
     if isinstance(model, TrajectoryModel):
         return viz.series_figure(**_series_arrays(model, data))
+    if isinstance(model, LinearModel) and data.splits.test[0].shape[1:] == (1,):
+        (x, y) = data.splits.test
+        ends = torch.stack([x.min(), x.max()])[:, None]
+        line = model(ends.to(_device(model))).cpu()
+        return viz.line_figure(*(part[:, 0].numpy() for part in (x, y, ends, line)))
     return None
 
 

@@ -121,6 +121,26 @@ def draw_series(
     panel.legend(fontsize=7)
 
 
+def line_figure(x: Array, y: Array, ends: Array, line: Array) -> Figure:
+    """A regression line through its points.
+
+    Args:
+        x, y: the points, [N] each.
+        ends, line: the model's values [2] at two ends [2].
+    """
+    figure, (panel,) = new_figure(1, (4.4, 3.6))
+    slope, offset = np.polyfit(x, y, 1)
+    panel.plot(x, y, "o", color=GREY, ms=3, label="data")
+    panel.plot(
+        ends, offset + slope * ends, color="black", lw=3, alpha=0.3, label=f"least squares {offset:.4f} + {slope:.4f} x"
+    )
+    slope, offset = np.polyfit(ends, line, 1)
+    panel.plot(ends, line, color=COLOURS[1], lw=1.4, label=f"model {offset:.4f} + {slope:.4f} x")
+    panel.set(xlabel="x", ylabel="y")
+    panel.legend()
+    return figure
+
+
 def _stream(panel: Axes, ticks: Sequence[Array], arrows: Array) -> None:
     speed = np.linalg.norm(arrows, axis=-1)
     if speed.max() > 0:

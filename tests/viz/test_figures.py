@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from neuralode.viz.comparison import arms_figure, forecasts_figure, learning_figure
-from neuralode.viz.phase_portrait import classifier_figure, series_figure
+from neuralode.viz.phase_portrait import classifier_figure, line_figure, series_figure
 
 RNG = np.random.default_rng(0)
 TICKS = (np.linspace(-1, 1, 6), np.linspace(-2, 2, 6))
@@ -129,3 +129,11 @@ def test_imports_stay_light() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.split() == ["[]", "[]"]
+
+
+def test_line_figure_names_the_line(tmp_path: Path) -> None:
+    x, ends = np.linspace(0, 2, 9), np.array([0.0, 2.0])
+    figure = line_figure(x, 1 + 3 * x, ends, 0.5 + 2 * ends)
+    saved(figure, tmp_path)
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert texts == ["data", "least squares 1.0000 + 3.0000 x", "model 0.5000 + 2.0000 x"]
