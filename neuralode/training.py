@@ -64,7 +64,7 @@ def _train(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any
     data = build_data(cfg)
     task = build_task(cfg, data)
     callbacks = [instantiate(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
-    loggers = [instantiate(node, f"logger.{name}", **_purge(cfg)) for name, node in cfg.logger.items() if node]
+    loggers = [instantiate(node, f"logger.{name}", **_purge(cfg, node)) for name, node in cfg.logger.items() if node]
     if not loggers:  # it has nothing to write to, and says so by an exception
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
     trainer = instantiate(
@@ -87,10 +87,10 @@ def _train(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any
     result = _result(cfg, trainer, task, metrics)
     dry = bool(cfg.trainer.fast_dev_run)
     if trainer.is_global_zero and not dry:
+        write_result(folder, result, RESULT if cfg.fit else TEST_RESULT)
         if cfg.fit:
             _log_hyperparameters(trainer, result)
             _draw_learning(folder, cfg.name)
-        write_result(folder, result, RESULT if cfg.fit else TEST_RESULT)
     return result
 
 
@@ -244,9 +244,9 @@ def _write_config(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     OmegaConf.save(OmegaConf.create([o for o in overrides if not o.startswith("ckpt_path=")]), folder / OVERRIDES)
 
 
-def _purge(cfg: DictConfig) -> dict[str, Any]:
+def _purge(cfg: DictConfig, logger: DictConfig) -> dict[str, Any]:
     """On a resume, TensorBoard drops what a killed run had logged beyond its checkpoint."""
-    if cfg.ckpt_path is None or not cfg.fit:
+    if cfg.ckpt_path is None or not cfg.fit or not str(logger.get("_target_")).endswith("TensorBoardLogger"):
         return {}
     return {"purge_step": int(read_checkpoint(cfg.ckpt_path)["global_step"]) + 1}
 

@@ -12,6 +12,7 @@ import yaml
 
 from neuralode.cli import config_dir
 from neuralode.data import images
+from neuralode.overrides import normalised
 from neuralode.training import train
 
 EXPERIMENTS = sorted(f.stem for f in (config_dir() / "experiment").glob("*.yaml"))
@@ -36,7 +37,7 @@ def arms(name: str) -> list[list[str]]:
 @pytest.mark.usefixtures("openml")
 @pytest.mark.parametrize(("name", "arm"), [(name, arm) for name in EXPERIMENTS for arm in arms(name)], ids=str)
 def test_one_step(name: str, arm: list[str], make_config: Callable, tmp_path: Path) -> None:
-    overrides = [f"+experiment={name}", *arm, "debug=fast"]
+    overrides = [f"+experiment={name}", *map(normalised, arm), "debug=fast"]
     cfg = make_config(*overrides, output=tmp_path)
     result = train(cfg, tmp_path, overrides)
     assert result["steps"] == 1
