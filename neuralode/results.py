@@ -21,7 +21,7 @@ from neuralode.errors import UsageError
 RESULT = "result.json"
 TEST_RESULT = "test.json"  # of a checkpoint that was only tested
 # keys in which the runs of one row differ anyway
-NOT_VARIED = ("seed", "paths.", "ckpt_path", "arm", "fit", "test")
+NOT_VARIED = ("seed", "shows", "columns", "paths.", "ckpt_path", "arm", "fit", "test")
 PACKAGES = ("neuralode", "torch", "torchdiffeq", "lightning", "hydra-core")
 
 
