@@ -68,10 +68,10 @@ def plan(cfg: DictConfig, overrides: list[str], folder: Path) -> list[Job]:
 
 def _config(job: Job) -> DictConfig:
     cfg = compose("train", overrides=job.overrides)
+    OmegaConf.set_struct(cfg, False)
+    cfg.paths.output = str(job.folder)  # first, for other values are made from it
     if cfg.ckpt_path is not None and (job.folder / CONFIG).is_file():
         cfg = keep_saved(cfg, job.folder / OVERRIDES, job.folder / CONFIG)
-    OmegaConf.set_struct(cfg, False)
-    cfg.paths.output = str(job.folder)
     return validate(cfg)
 
 

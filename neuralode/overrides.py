@@ -9,7 +9,7 @@ from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 from neuralode.errors import UsageError
-from neuralode.results import flat
+from neuralode.results import comparable, flat
 
 
 def key_of(override: str) -> str:
@@ -63,14 +63,15 @@ def keep_saved(cfg: DictConfig, overrides_file: Path, config_file: Path) -> Dict
 
     What the new command line changed stays changed.
     """
-    then = _values(OmegaConf.load(config_file))
+    # without what only says where the run was: its folder may have been moved
+    then = comparable(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(config_file))))
     now = _values(compose("train", overrides=read_list(overrides_file)))
     cfg = cfg.copy()
     OmegaConf.resolve(cfg)
     asked = _values(cfg)
     OmegaConf.set_struct(cfg, False)
     for key, value in then.items():
-        drifted = key in now and now[key] != value and key not in ("paths.output", "ckpt_path")
+        drifted = key in now and now[key] != value
         if drifted and asked.get(key) == now[key]:
             print(f"{key}: keeping {value!r} of the saved config (the files now say {now[key]!r})")
             OmegaConf.update(cfg, key, value, merge=False)

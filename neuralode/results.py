@@ -68,7 +68,7 @@ def value(result: Mapping[str, Any], column: str) -> float | None:
 def labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """The row of the table that each result belongs to: its arm, and the config values in which a sweep differs."""
     names = [r["arm"] or r["name"] for r in results]
-    configs = [_comparable(r["config"]) for r in results]
+    configs = [comparable(r["config"]) for r in results]
     rows = []
     for name, config in zip(names, configs, strict=True):
         alike = [c for n, c in zip(names, configs, strict=True) if n == name]
@@ -77,7 +77,7 @@ def labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return rows
 
 
-def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a config that say what was run, and not where."""
     folder = str(config.get("paths", {}).get("output"))
     return {k: v for k, v in flat(config).items() if not k.startswith(NOT_VARIED) and folder not in str(v)}

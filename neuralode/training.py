@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
+import typing
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,6 +62,8 @@ def _train(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any
         torch.set_num_threads(cfg.threads)
     if cfg.ckpt_path is not None:
         read_checkpoint(cfg.ckpt_path)  # refused here, before anything is written
+    for group in ("trainer", "optimizer"):
+        _refuse_text(cfg[group], group)  # before other groups, which take values from these
     pl.seed_everything(cfg.seed, verbose=False)
     data = build_data(cfg)
     task = build_task(cfg, data)
@@ -96,6 +100,7 @@ def _train(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any
 
 def instantiate(node: Any, key: str, **kwargs: Any) -> Any:
     """The one way from a config node with a `_target_` to an object; failures name the key that caused them."""
+    _refuse_text(node, key)
     try:
         return hydra.utils.instantiate(node, **kwargs)
     except InstantiationException as error:
@@ -105,6 +110,22 @@ def instantiate(node: Any, key: str, **kwargs: Any) -> Any:
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         advice = " (trainer.accelerator=cpu trainer.devices=1 works on any machine.)" if key == "trainer" else ""
         raise UsageError(f"{key} cannot be made: {reason}{advice}") from error
+
+
+def _refuse_text(node: Any, key: str) -> None:
+    """Raises UsageError for a value that is a word where the target's signature has no place for one."""
+    target = hydra.utils.get_object(node["_target_"])
+    try:
+        hints = typing.get_type_hints(getattr(target, "__init__") if isinstance(target, type) else target)  # noqa: B009
+    except (NameError, TypeError):
+        return  # annotations that cannot be read say nothing
+    for name, value in node.items():
+        hint = hints.get(str(name))
+        if isinstance(value, str) and hint is not None and not re.search(r"\bstr\b|Literal|Any|TypeVar|~", str(hint)):
+            wanted = (
+                getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint).replace("typing.", "")
+            )
+            raise UsageError(f"{key}.{name} is {value!r}; it has to be of type {wanted}.")
 
 
 def build_data(cfg: DictConfig) -> ArrayData:

@@ -33,6 +33,8 @@ MISTAKES = {
     "own field": (["model.field=nowhere.MyField"], ["nowhere", "Python path"]),
     "csv": (["data=csv", "data.path=no.csv", "model=trajectory", "task=trajectory"], ["no.csv", "CSV"]),
     "optimizer argument": (["optimizer.lr=-1"], ["learning rate", "-1"]),
+    "optimizer type": (["optimizer.lr=fast"], ["optimizer.lr", "'fast'", "float"]),
+    "trainer type": (["trainer.max_epochs=many"], ["trainer.max_epochs", "'many'", "int"]),
 }
 
 
@@ -76,6 +78,12 @@ def test_a_run_and_what_can_be_done_with_it(train_cli: Cli, tmp_path: Path) -> N
     assert longer.code == 0, longer.output
     assert json.loads((tmp_path / "run" / "result.json").read_text())["epochs"] == 3
     assert json.loads((tmp_path / "run" / "result.json").read_text())["config"]["data"]["samples"] == 64
+
+    for change in ("optimizer=sgd", "model.augment=2"):
+        other = train_cli("ckpt_path=run/checkpoints/last.ckpt", change)
+        assert other.code == 2
+        assert "start a new run" in other.output
+        assert "keeping" not in other.output
 
     (tmp_path / "run" / "checkpoints" / "bad.ckpt").write_bytes(b"PK\x03\x04 torn")
     torn = train_cli("ckpt_path=run/checkpoints/bad.ckpt")

@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from neuralode.data import ReplayLoader
 from neuralode.errors import UsageError
 from neuralode.models.saved import KEY
 
@@ -91,22 +90,40 @@ class Task(pl.LightningModule, abc.ABC):
             self.log(f"{stage}/{name}", value, on_step=False, on_epoch=True, batch_size=len(batch[0]), prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._optimizer(self.parameters())
+        try:
+            optimizer = self._optimizer(self.parameters())
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"optimizer: {error}.") from error
         if self._scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler(optimizer), **self._schedule}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = self._description
+        checkpoint["optimizer"] = _name(self._optimizer)
         checkpoint["epoch_so_far"] = {"sums": self._sums, "samples": self._samples}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._refuse_another_model(checkpoint)
         saved = checkpoint.get("epoch_so_far", {"sums": {}, "samples": 0})
         self._sums = {name: total.to(self.device) for name, total in saved["sums"].items()}
         self._samples = saved["samples"]
 
-    def train_loader(self) -> ReplayLoader:
-        """The loader of the running fit."""
-        loader = self.trainer.train_dataloader
-        assert isinstance(loader, ReplayLoader)
-        return loader
+    def _refuse_another_model(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raises UsageError where the checkpoint is of another model, or a resume asks for another optimiser."""
+        saved, ours = checkpoint.get(KEY, {}), self._description
+        then, now = ({"model": d.get("model"), **d.get("args", {}), "solver": None} for d in (saved, ours))
+        if self.trainer.state.fn == "fit":
+            then["optimizer"] = checkpoint.get("optimizer", _name(self._optimizer))
+            now["optimizer"] = _name(self._optimizer)
+        for key in now if saved and ours else ():
+            if then.get(key) != now[key]:
+                raise UsageError(
+                    f"the checkpoint has {key}={then.get(key)!r} and the config asks for {now[key]!r}; leave it as it "
+                    "was, or start a new run."
+                )
+
+
+def _name(optimizer: Callable[..., Any]) -> str:
+    """Of the class inside a partial, too."""
+    return getattr(getattr(optimizer, "func", optimizer), "__name__", "an optimiser")
