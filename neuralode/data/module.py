@@ -67,7 +67,9 @@ class ArrayData(pl.LightningDataModule, abc.ABC):
     def train_dataloader(self) -> ReplayLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         samples = len(self.splits.train[0])
-        order = EpochOrder(samples, self.batch_size or samples, True, self.seed, rank, world)
+        # a run that learns a few batches by heart has to meet the same ones in each epoch
+        shuffle = not getattr(self.trainer, "overfit_batches", 0)
+        order = EpochOrder(samples, self.batch_size or samples, shuffle, self.seed, rank, world)
         shared = self.splits.shared.get("train", ())
         return ReplayLoader(self.splits.train, order, shared, self.splits.transform)
 

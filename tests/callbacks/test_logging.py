@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from neuralode import training
 from neuralode.callbacks import PhasePortrait
+from neuralode.tasks import Classification
 from neuralode.training import train
 from neuralode.viz.scalars import read_scalars
 
@@ -102,3 +103,19 @@ def test_early_stopping(run: Callable) -> None:
 def test_more_than_one_logger_or_none(run: Callable, tmp_path: Path) -> None:
     run("logger=none")
     assert not read_scalars(tmp_path)
+
+
+def test_overfitting_meets_the_same_batches_in_each_epoch(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    measure = Classification.measure
+
+    def watch(task: Classification, batch: Any, stage: str) -> Any:
+        if stage == "train":
+            seen.append(batch[0])
+        return measure(task, batch, stage)
+
+    monkeypatch.setattr(Classification, "measure", watch)
+    run("debug=overfit", "trainer.max_epochs=2")
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], seen[1])
