@@ -14,6 +14,7 @@ from neuralode.ode import (
     Status,
     odeint,
     odeint_adjoint,
+    odeint_dense,
     odeint_event,
     solve,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "odeint",
     "odeint_adjoint",
+    "odeint_dense",
     "odeint_event",
     "register_field",
     "solve",

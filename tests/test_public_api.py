@@ -9,7 +9,8 @@ import neuralode
 
 NAMES = {
     "ODEBlock", "Solution", "SolveError", "SolverConfig", "Stats", "Status", "UsageError", "load", "odeint",
-    "odeint_adjoint", "odeint_event", "register_field", "solve",
+    "odeint_adjoint",
+    "odeint_dense", "odeint_event", "register_field", "solve",
 }  # fmt: skip
 
 

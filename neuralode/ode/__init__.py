@@ -1,7 +1,7 @@
 """Solve dy/dt = f(t, y) and differentiate the solution."""
 
 from neuralode.ode.methods import methods
-from neuralode.ode.odeint import odeint, odeint_adjoint, odeint_event
+from neuralode.ode.odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from neuralode.ode.solution import Solution, SolveError, Stats, Status
 from neuralode.ode.solve import solve, solve_configured
 from neuralode.ode.solver_config import SolverConfig
@@ -15,6 +15,7 @@ __all__ = [
     "methods",
     "odeint",
     "odeint_adjoint",
+    "odeint_dense",
     "odeint_event",
     "solve",
     "solve_configured",

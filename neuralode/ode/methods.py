@@ -1,4 +1,4 @@
-"""Which methods there are, read from torchdiffeq at run time: its releases differ in what they carry."""
+"""Which methods there are: ours, and torchdiffeq's, read at run time since its releases differ in what they carry."""
 
 from __future__ import annotations
 
@@ -6,22 +6,37 @@ from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from neuralode.errors import UsageError, unknown
+from neuralode.ode import tableaus, tableaus_order8
+from neuralode.ode.explicit import Method, RungeKutta
+
+_TABLEAUS = [
+    tableaus.EULER, tableaus.MIDPOINT, tableaus.HEUN2, tableaus.RALSTON, tableaus.HEUN3, tableaus.RK4,
+    tableaus.RK4_CLASSIC, tableaus.ADAPTIVE_HEUN, tableaus.FEHLBERG2, tableaus.BOSH3, tableaus.DOPRI5,
+    tableaus.TSIT5, tableaus_order8.DOPRI8, tableaus_order8.DOP853,
+]  # fmt: skip
+
+METHODS: dict[str, Method] = {tableau.name: RungeKutta(tableau) for tableau in _TABLEAUS}
+"""The methods that the stepper has."""
 
 
 def methods() -> list[str]:
     """The names of all methods that `solve` and `odeint` take."""
-    return sorted(SOLVERS)
+    return sorted({*METHODS, *SOLVERS})
 
 
 def check_method(name: str) -> None:
     """Raises UsageError for a method that does not exist, naming the nearest one that does."""
-    if name not in SOLVERS:
-        raise UsageError(unknown("method", name, SOLVERS))
+    if name not in METHODS and name not in SOLVERS:
+        raise UsageError(unknown("method", name, methods()))
+
+
+def in_torchdiffeq(name: str) -> bool:
+    return name in SOLVERS
 
 
 def takes_fixed_steps(name: str) -> bool:
     """True for a method without error control, whose step size the caller chooses."""
-    return issubclass(SOLVERS[name], FixedGridODESolver)
+    return not METHODS[name].adaptive if name in METHODS else issubclass(SOLVERS[name], FixedGridODESolver)
 
 
 def supported_callbacks(name: str) -> set[str]:

@@ -1,16 +1,29 @@
-"""torchdiffeq's functions, with its signatures: replace the import and keep the program."""
+"""torchdiffeq's functions, with its signatures: replace the import and keep the program.
+
+What our stepper knows goes there. Anything else goes to torchdiffeq itself: its multistep methods, callbacks, events,
+`perturb`, `jump_t`, tolerances as tensors; and so does every input that torchdiffeq refuses, in its own words.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torchdiffeq
 
-from neuralode.ode.methods import check_method
+from neuralode.errors import UsageError
+from neuralode.ode.clock import host_values
+from neuralode.ode.dense import DenseOutput
+from neuralode.ode.methods import METHODS, check_method, takes_fixed_steps
+from neuralode.ode.packing import Packing
+from neuralode.ode.solution import Stats
+from neuralode.ode.solver_config import SolverConfig
+from neuralode.ode.stepper_engine import run, unable
 
-# Until an engine of ours serves them, these are torchdiffeq's own, so that nothing at all changes for a program
-# that replaces its import; only an unknown method is refused with a better sentence.
+_UNLIMITED = 2**31 - 1
+_CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
 def odeint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, atol: Any = 1e-9, method: str | None = None,
@@ -28,19 +41,39 @@ def odeint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, atol: Any =
 
     Raises:
         UsageError: (a ValueError) for an unknown method.
-        AssertionError: where torchdiffeq raises it.
+        AssertionError: where torchdiffeq raises it; a SolveError is one.
     """
-    if method is not None:
-        check_method(method)
-    return torchdiffeq.odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn)
+    check_method(method or "dopri5")
+    config = None if event_fn is not None else _served(func, y0, t, rtol, atol, method, options, "exact")
+    if config is None:
+        return torchdiffeq.odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn)
+    return _states(func, y0, t, config)
 
 
 def odeint_adjoint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, atol: Any = 1e-9,
-                   method: str | None = None, **kwargs: Any) -> Any:  # fmt: skip
-    """`odeint` with gradients by the continuous adjoint; same arguments as `torchdiffeq.odeint_adjoint`."""
-    if method is not None:
-        check_method(method)
-    return torchdiffeq.odeint_adjoint(func, y0, t, rtol=rtol, atol=atol, method=method, **kwargs)
+                   method: str | None = None, options: dict[str, Any] | None = None, event_fn: Any = None,
+                   adjoint_rtol: Any = None, adjoint_atol: Any = None, adjoint_method: str | None = None,
+                   adjoint_options: dict[str, Any] | None = None, adjoint_params: Any = None) -> Any:  # fmt: skip
+    """`odeint` with gradients by the continuous adjoint; same arguments as `torchdiffeq.odeint_adjoint`.
+
+    Parameters that torchdiffeq would leave out without a word, such as those of another module that func calls, get
+    their gradient here.
+    """
+    check_method(method or "dopri5")
+    own = set(adjoint_options or {}) - {"norm"} or (adjoint_options or {}).get("norm", "seminorm") != "seminorm"
+    foreign = event_fn is not None or adjoint_params is not None or adjoint_method not in (None, method) or own
+    tolerances = [x for x in (adjoint_rtol, adjoint_atol) if x is not None]
+    known = isinstance(func, torch.nn.Module) and not foreign and all(isinstance(x, float) for x in tolerances)
+    config = _served(func, y0, t, rtol, atol, method, options, "adjoint") if known else None
+    if config is None:
+        return torchdiffeq.odeint_adjoint(
+            func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn,
+            adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol, adjoint_method=adjoint_method,
+            adjoint_options=adjoint_options, adjoint_params=adjoint_params,
+        )  # fmt: skip
+    config.adjoint_rtol, config.adjoint_atol = adjoint_rtol, adjoint_atol
+    config.adjoint_seminorm = bool(adjoint_options)
+    return _states(func, y0, t, config)
 
 
 def odeint_event(func: Any, y0: Any, t0: torch.Tensor, *, event_fn: Any, **kwargs: Any) -> Any:
@@ -52,3 +85,69 @@ def odeint_event(func: Any, y0: Any, t0: torch.Tensor, *, event_fn: Any, **kwarg
     if kwargs.get("method") is not None:
         check_method(kwargs["method"])
     return torchdiffeq.odeint_event(func, y0, t0, event_fn=event_fn, **kwargs)
+
+
+def odeint_dense(func: Any, y0: Any, t0: Any, t1: Any, *, rtol: float = 1e-7, atol: float = 1e-9,
+                 method: str | None = None, options: dict[str, Any] | None = None) -> Callable[[Any], Any]:  # fmt: skip
+    """The solution between t0 and t1 as a function of time, as `torchdiffeq.odeint_dense`, for any method of ours.
+
+    Raises:
+        UsageError: for a method or an option that the stepper does not have.
+    """
+    check_method(method or "dopri5")
+    like = y0[0] if isinstance(y0, tuple) else y0
+    t = torch.stack([torch.as_tensor(x, dtype=like.dtype.to_real(), device=like.device) for x in (t0, t1)])
+    config = _served(func, y0, t, rtol, atol, method, options, "exact")
+    if config is None:
+        raise UsageError(
+            f"odeint_dense cannot serve method={method!r} with options={options}; it takes {', '.join(METHODS)} over "
+            "two different times."
+        )
+    _, steps = run(func, y0, t, (), config, Stats("stepper", config.method, "exact"), keep_dense=True, strict=False)
+    return DenseOutput(steps, Packing(y0))
+
+
+def _states(func: Any, y0: Any, t: torch.Tensor, config: SolverConfig) -> Any:
+    """As torchdiffeq, which returns what it has where a fixed-step method runs away."""
+    stats = Stats("stepper", config.method, config.gradient)
+    return run(func, y0, t.to(_like(y0).device), (), config, stats, strict=False)[0]
+
+
+def _served(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None, options: dict[str, Any] | None,
+            gradient: str) -> SolverConfig | None:  # fmt: skip
+    """The configuration for our stepper, with torchdiffeq's defaults; None if the stepper cannot serve the call."""
+    name, options = method or "dopri5", dict(options or {})
+    if not _regular(y0, t) or any(hasattr(func, callback) for callback in _CALLBACKS):
+        return None
+    if not all(isinstance(x, float | int) and x > 0 for x in (rtol, atol)) or (options and method is None):
+        return None
+    if name in METHODS and takes_fixed_steps(name):
+        if options.get("step_size") is None:
+            options.setdefault("grid_constructor", lambda f, y, t: t)
+        options.setdefault("interp", "linear")
+    limit = options.pop("max_num_steps", None)
+    try:
+        config = SolverConfig(
+            method=name, rtol=rtol, atol=atol, gradient=gradient, checkpoint="never", max_steps=_UNLIMITED,
+            max_steps_between=limit, options=options,
+        )  # fmt: skip
+    except (UsageError, TypeError, ValueError):
+        return None
+    return None if unable(config) else config
+
+
+def _like(y0: Any) -> torch.Tensor:
+    tensor: torch.Tensor = y0[0] if isinstance(y0, tuple) else y0
+    return tensor
+
+
+def _regular(y0: Any, t: Any) -> bool:
+    """Whether torchdiffeq would take the state and the times, and the stepper too."""
+    parts = y0 if isinstance(y0, tuple) else (y0,)
+    if not parts or not all(isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex()) for x in parts):
+        return False
+    if not (isinstance(t, torch.Tensor) and t.dim() == 1 and len(t) > 1 and t.is_floating_point()):
+        return False
+    values = host_values(t)
+    rising = values[1] > values[0]
+    return all(a < b if rising else a > b for a, b in itertools.pairwise(values))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -42,6 +44,8 @@ class Stats:
     """Sizes of the accepted steps, in the units of t, in order."""
     seconds: float = 0.0
     """Wall time of the forward solve."""
+    diagnosis: str = ""
+    """What a failed solve has to say; empty for one that succeeded."""
     error_estimate: torch.Tensor | None = None
     """Sum of the local error estimates; None where the engine does not keep them."""
     stiffness_estimate: torch.Tensor | None = None
@@ -58,6 +62,8 @@ class Solution:
     """States at the output times, [T, *shape]; a tuple of such tensors for a tuple state."""
     stats: Stats
     status: Status
+    dense: Callable[[Any], State] | None = None
+    """The solution as a function of time, if it was asked for; see `DenseOutput`."""
 
     @property
     def final(self) -> State:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +11,15 @@ from typing import Any
 import torch
 
 from neuralode.errors import UsageError
-from neuralode.ode import torchdiffeq_engine
+from neuralode.ode import stepper_engine, torchdiffeq_engine
+from neuralode.ode.clock import host_values
+from neuralode.ode.controllers import Controller
+from neuralode.ode.dense import DenseOutput
+from neuralode.ode.methods import in_torchdiffeq
 from neuralode.ode.observed_field import Field, tensors
+from neuralode.ode.packing import Packing
 from neuralode.ode.solution import Solution, SolveError, State, Stats, Status
-from neuralode.ode.solver_config import DEFAULT_MAX_STEPS, SolverConfig
+from neuralode.ode.solver_config import DEFAULT_MAX_STEPS, DEFAULT_MEMORY_BUDGET, SolverConfig
 
 
 def solve(
@@ -26,12 +33,14 @@ def solve(
     atol: float = 1e-5,
     step_size: float | None = None,
     options: dict[str, Any] | None = None,
-    controller: Any = None,
+    controller: str | Controller = "I",
     engine: str = "auto",
     gradient: str = "exact",
     checkpoint: str | int = "auto",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
     per_sample: bool = False,
     dense: bool = False,
+    estimates: bool = False,
     events: Any = None,
     max_steps: int = DEFAULT_MAX_STEPS,
     throw: bool = True,
@@ -43,15 +52,14 @@ def solve(
         y0: initial state, a tensor of any shape or a tuple of tensors.
         t: output times, [T], rising or falling; the first is the initial time.
         args: further arguments of the field.
-        method, rtol, atol, step_size, options, max_steps: as in `SolverConfig`.
-        engine: `auto` or `torchdiffeq`.
-        gradient: `exact` differentiates the discrete solve; `adjoint` solves the continuous adjoint equation
-            backwards (Chen et al. 2018, "Neural Ordinary Differential Equations").
+        method, rtol, atol, step_size, options, controller, checkpoint, memory_budget, estimates, max_steps: as in
+            `SolverConfig`.
+        engine: `auto`, `stepper` (ours) or `torchdiffeq`; the statistics say which ran and why.
+        gradient: `exact` differentiates the discrete solve on its accepted steps; `adjoint` solves the continuous
+            adjoint equation backwards (Chen et al. 2018, "Neural Ordinary Differential Equations").
+        dense: also return the solution as a function of time, `Solution.at`.
         throw: raise SolveError on failure; otherwise return a Solution whose status says what happened and whose
             states are NaN.
-
-    Not built yet, refused with a sentence: `controller`, `checkpoint` other than `auto`, `per_sample`, `dense`,
-    `events`, and times of shape [B, T].
 
     Returns:
         A Solution: times [T], states [T, *shape], statistics and status.
@@ -60,21 +68,15 @@ def solve(
         UsageError: for an argument that cannot be used.
         SolveError: when the solve fails and `throw` is true.
     """
-    absent = {
-        "controller": controller is not None,
-        "checkpoint": checkpoint != "auto",
-        "per_sample": per_sample,
-        "dense": dense,
-        "events": events is not None,
-    }
-    for name, asked in absent.items():
+    for name, asked in {"per_sample": per_sample, "events": events is not None}.items():
         if asked:
             raise UsageError(f"solve({name}=...) is not built yet; leave it out.")
     config = SolverConfig(
         method=method, rtol=rtol, atol=atol, step_size=step_size, gradient=gradient, engine=engine,
-        max_steps=max_steps, options=options or {},
+        controller=controller, checkpoint=checkpoint, memory_budget=memory_budget, per_sample=per_sample,
+        estimates=estimates, max_steps=max_steps, options=options or {},
     )  # fmt: skip
-    return solve_configured(field, y0, t, config, args=args, throw=throw)
+    return solve_configured(field, y0, t, config, args=args, throw=throw, dense=dense)
 
 
 def solve_configured(
@@ -85,25 +87,49 @@ def solve_configured(
     *,
     args: Sequence[Any] = (),
     throw: bool = True,
+    dense: bool = False,
 ) -> Solution:
     """`solve` for a caller that holds a SolverConfig; same states, statistics and errors."""
     first = tensors(y0)[0]
     ts = _times(t, first)
-    stats = Stats(config.engine, config.method, config.gradient)
-    if config.engine == "auto":
-        stats.engine, stats.reason = "torchdiffeq", "the only engine so far"
+    engine, reason = choose_engine(config, dense)
+    stats = Stats(engine, config.method, config.gradient, reason)
     status = Status.SUCCESS
+    steps: list[Any] = []
     start = time.perf_counter()
     try:
-        ys = torchdiffeq_engine.run(field, y0, ts, tuple(args), config, stats)
+        if engine == "stepper":
+            ys, steps = stepper_engine.run(field, y0, ts, tuple(args), config, stats, keep_dense=dense)
+        else:
+            ys = torchdiffeq_engine.run(field, y0, ts, tuple(args), config, stats)
     except SolveError as error:
         if throw:
             raise
         status = error.status
-        lost = [torch.full((len(ts), *part.shape), float("nan"), dtype=part.dtype) for part in tensors(y0)]
-        ys = tuple(part.to(first.device) for part in lost) if isinstance(y0, tuple) else lost[0].to(first.device)
+        lost = [part.new_full((len(ts), *part.shape), float("nan")) for part in tensors(y0)]
+        ys = tuple(lost) if isinstance(y0, tuple) else lost[0]
     stats.seconds = time.perf_counter() - start
-    return Solution(ts, ys, stats, status)
+    return Solution(ts, ys, stats, status, DenseOutput(steps, Packing(y0)) if steps else None)
+
+
+def choose_engine(config: SolverConfig, dense: bool = False) -> tuple[str, str]:
+    """The engine that serves a solve, and why.
+
+    Raises:
+        UsageError: if the engine that was asked for cannot serve it.
+    """
+    obstacle = stepper_engine.unable(config)
+    if config.engine == "stepper" and obstacle:
+        raise UsageError(f"engine='stepper' cannot serve this solve: {obstacle}; give engine='auto'.")
+    if config.engine == "torchdiffeq" or obstacle:
+        ours = [name for name, asked in {"dense": dense, "estimates": config.estimates, "per_sample": config.per_sample,
+                                         "controller": config.controller != "I"}.items() if asked]  # fmt: skip
+        if ours:
+            raise UsageError(f"torchdiffeq has no {ours[0]}; leave it out, or use a method of the stepper.")
+        if not in_torchdiffeq(config.method):
+            raise UsageError(f"torchdiffeq has no method {config.method!r}; give engine='auto'.")
+        return "torchdiffeq", "asked for" if config.engine == "torchdiffeq" else obstacle
+    return "stepper", "asked for" if config.engine == "stepper" else "it is the fastest engine for any field"
 
 
 def _times(t: torch.Tensor | Sequence[float], like: torch.Tensor) -> torch.Tensor:
@@ -117,8 +143,9 @@ def _times(t: torch.Tensor | Sequence[float], like: torch.Tensor) -> torch.Tenso
         raise UsageError(f"t has shape {tuple(ts.shape)}; a solve needs at least two times, [T].")
     if not ts.is_floating_point():
         raise UsageError(f"t is of type {ts.dtype}; give times in floating point, for example t.float().")
-    gaps = ts.detach().diff()
-    if not (torch.isfinite(ts).all() and ((gaps > 0).all() or (gaps < 0).all())):
-        shown = ", ".join(f"{float(time):g}" for time in ts[:6]) + (", ..." if len(ts) > 6 else "")
+    values = host_values(ts)
+    gaps = [b - a for a, b in itertools.pairwise(values)]
+    if not (all(map(math.isfinite, values)) and (min(gaps) > 0 or max(gaps) < 0)):
+        shown = ", ".join(f"{value:g}" for value in values[:6]) + (", ..." if len(ts) > 6 else "")
         raise UsageError(f"t is [{shown}]; the times have to be finite and strictly rising or strictly falling.")
     return ts

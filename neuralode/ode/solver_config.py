@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from neuralode.errors import UsageError, unknown
+from neuralode.ode.controllers import Controller, controller
 from neuralode.ode.methods import check_method, takes_fixed_steps
 
-ENGINES = ("auto", "torchdiffeq")
+ENGINES = ("auto", "stepper", "torchdiffeq")
 GRADIENTS = ("exact", "adjoint")
+CHECKPOINTS = ("auto", "always", "never")
 DEFAULT_MAX_STEPS = 10_000
+DEFAULT_MEMORY_BUDGET = 2**31
 
 
 @dataclass
@@ -35,9 +38,24 @@ class SolverConfig:
     adjoint_atol: float | None = None
     adjoint_seminorm: bool = False
     """Leave the parameters out of the adjoint's error norm (Kidger et al. 2021, "Hey, that's not an ODE")."""
+    adjoint_interpolated: bool = False
+    """Read the state from the forward solve's dense output instead of solving it backwards."""
+    controller: Any = "I"
+    """Step-size control: `I`, `PI`, `PID`, or a Controller of one's own."""
+    checkpoint: str | int = "auto"
+    """For the exact gradient: `never` keeps the graph of every step, `always` recomputes each step from its saved
+    state, a number keeps that many states and recomputes in between, `auto` keeps graphs within the memory budget."""
+    memory_budget: int = DEFAULT_MEMORY_BUDGET
+    """Bytes that the kept graphs may take under `checkpoint="auto"`."""
+    per_sample: bool = False
+    """Give each sample, along dimension 0, its own step sizes."""
+    estimates: bool = False
+    """Sum up the error and stiffness estimates as differentiable tensors in the statistics (regularisers)."""
     engine: str = "auto"
     max_steps: int = DEFAULT_MAX_STEPS
     """Steps after which an adaptive solve gives up."""
+    max_steps_between: int | None = None
+    """Steps from one output time to the next after which an adaptive solve gives up: torchdiffeq's own limit."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of the method, as torchdiffeq names them."""
 
@@ -45,6 +63,11 @@ class SolverConfig:
         check_method(self.method)
         check_engine(self.engine)
         check_gradient(self.gradient)
+        self.controller_object()
+        if not _is_checkpoint(self.checkpoint):
+            raise UsageError(
+                f"solver.checkpoint is {self.checkpoint!r}; it has to be 'auto', 'always', 'never' or a number."
+            )
         for name in ("rtol", "atol", "adjoint_rtol", "adjoint_atol", "step_size"):
             value = getattr(self, name)
             optional = name not in ("rtol", "atol")
@@ -55,8 +78,23 @@ class SolverConfig:
         span = self.t_span if isinstance(self.t_span, list | tuple) else []
         if len(span) != 2 or span[0] == span[1] or not all(map(_is_finite, span)):
             raise UsageError(f"solver.t_span is {self.t_span}; it has to be two different times, both finite.")
-        if takes_fixed_steps(self.method) and self.step_size is None and "grid_constructor" not in self.options:
+        if (
+            takes_fixed_steps(self.method)
+            and self.step_size is None
+            and not set(self.options) & {"step_size", "grid_constructor"}
+        ):
             raise UsageError(f"method {self.method!r} takes fixed steps: give solver.step_size, for example 0.1.")
+
+    def controller_object(self) -> Controller:
+        """The controller with its limits, after the options safety, ifactor and dfactor of torchdiffeq."""
+        chosen = controller(self.controller)
+        names = {"safety": "safety", "ifactor": "max_factor", "dfactor": "min_factor"}
+        changed = {ours: float(self.options[theirs]) for theirs, ours in names.items() if theirs in self.options}
+        return replace(chosen, **changed)
+
+
+def _is_checkpoint(value: Any) -> bool:
+    return value in CHECKPOINTS or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
 
 
 def _is_finite(value: Any) -> bool:

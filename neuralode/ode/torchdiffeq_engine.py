@@ -8,6 +8,7 @@ import torch
 import torchdiffeq
 
 from neuralode.errors import UsageError
+from neuralode.ode.diagnosis import bad_samples, diagnosis
 from neuralode.ode.methods import supported_callbacks, takes_fixed_steps
 from neuralode.ode.observed_field import Field, ObservedField, TooManySteps, tensors
 from neuralode.ode.solution import SolveError, State, Stats, Status
@@ -18,12 +19,6 @@ _FAILURES = {
     "max_num_steps exceeded": Status.MAX_STEPS,
     "underflow in dt": Status.STEP_UNDERFLOW,
     "non-finite values in state": Status.NON_FINITE,
-}
-
-_REMEDIES = {
-    Status.MAX_STEPS: "raise max_steps, loosen the tolerances, or make the field smoother",
-    Status.STEP_UNDERFLOW: "the field is too stiff or not smooth here: loosen the tolerances or bound its weights",
-    Status.NON_FINITE: "look for a NaN in the input, or lower the step size or the learning rate",
 }
 
 
@@ -53,23 +48,23 @@ def run(field: Field, y0: State, t: torch.Tensor, args: tuple[Any, ...], config:
         else:
             ys = torchdiffeq.odeint(observed, y0, t, **kwargs)
     except TooManySteps as error:
-        raise SolveError(_diagnosis(Status.MAX_STEPS, observed, y0), Status.MAX_STEPS, stats) from error
+        raise _error(Status.MAX_STEPS, observed, y0) from error
     except AssertionError as error:
         status = next((status for words, status in _FAILURES.items() if words in str(error)), None)
         if status is None:
             raise
         broken: State = y0
-        if status is Status.STEP_UNDERFLOW and _bad_samples(y0) | _bad_samples(observed.last_derivative):
+        if status is Status.STEP_UNDERFLOW and bad_samples(y0) | bad_samples(observed.last_derivative):
             # a NaN makes the error estimate NaN and the next step size zero
             status = Status.NON_FINITE
-            if not _bad_samples(y0) and observed.last_derivative is not None:
+            if not bad_samples(y0) and observed.last_derivative is not None:
                 broken = observed.last_derivative
-        raise SolveError(_diagnosis(status, observed, broken), status, stats) from error
+        raise _error(status, observed, broken) from error
     finally:
         observed.forward_done = True
     if not all(torch.isfinite(part[-1]).all() for part in tensors(ys)):
         last = ys[-1] if isinstance(ys, torch.Tensor) else tuple(part[-1] for part in ys)
-        raise SolveError(_diagnosis(Status.NON_FINITE, observed, last), Status.NON_FINITE, stats)
+        raise _error(Status.NON_FINITE, observed, last)
     return ys
 
 
@@ -86,26 +81,10 @@ def _options(config: SolverConfig, outputs: int) -> dict[str, Any]:
     return options
 
 
-def _diagnosis(status: Status, observed: ObservedField, state: State) -> str:
+def _error(status: Status, observed: ObservedField, state: State) -> SolveError:
     stats = observed.stats
-    where = f" at t = {observed.last_time:.6g}" if stats.accepted else " in the first step"
-    samples = sorted(_bad_samples(state))
-    who = f"; not finite in sample {', '.join(map(str, samples[:5]))}" if samples else ""
-    steps = ", ".join(f"{h:.3g}" for h in stats.step_sizes[-3:])
-    last = f"; last accepted steps {steps}" if steps else ""
-    return (
-        f"{stats.method} stopped{where}: {status.value} after {stats.nfe} evaluations{who}{last}. "
-        f"What to try: {_REMEDIES[status]}."
-    )
-
-
-def _bad_samples(state: State | None) -> set[int]:
-    """Indices along dimension 0 at which a part of the state is not finite."""
-    bad: set[int] = set()
-    for part in tensors(state) if state is not None else ():
-        finite = torch.isfinite(part.reshape(len(part) if part.dim() else 1, -1)).all(1)
-        bad |= set((~finite).nonzero().flatten().tolist())
-    return bad
+    stats.diagnosis = diagnosis(status, stats, observed.last_time if stats.accepted else None, state)
+    return SolveError(stats.diagnosis, status, stats)
 
 
 def _refuse_lost_gradient(observed: ObservedField, y0: State) -> None:

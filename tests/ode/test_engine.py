@@ -32,7 +32,7 @@ def field() -> MLPField:
     ids=str,
 )
 def test_forward(settings: dict[str, Any], by_hand: dict[str, Any]) -> None:
-    ours = solve_configured(field(), Y0, T, SolverConfig(**settings)).ys
+    ours = solve_configured(field(), Y0, T, SolverConfig(engine="torchdiffeq", **settings)).ys
     assert torch.equal(ours, torchdiffeq.odeint(field(), Y0, T, **{"rtol": 1e-4, "atol": 1e-5, **by_hand}))
 
 
@@ -46,7 +46,7 @@ ADJOINTS = [
 
 def adjoint_gradients(settings: dict[str, Any]) -> list[torch.Tensor]:
     module = field()
-    config = SolverConfig(gradient="adjoint", rtol=1e-4, atol=1e-6, **settings)
+    config = SolverConfig(engine="torchdiffeq", gradient="adjoint", rtol=1e-4, atol=1e-6, **settings)
     solve_configured(module, Y0, T, config).ys.pow(2).sum().backward()
     return [p.grad for p in module.parameters()]
 

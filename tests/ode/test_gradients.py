@@ -147,7 +147,7 @@ def test_args_get_exact_gradients() -> None:
     torch.testing.assert_close(rate.grad, 2 * rate.detach().exp(), rtol=1e-7, atol=0)
 
 
-def test_adjoint_refuses_parameters_that_it_would_not_see() -> None:
+def test_torchdiffeqs_adjoint_refuses_parameters_that_it_would_not_see() -> None:
     foreign = double_field()
     rate = torch.ones((), dtype=torch.float64, requires_grad=True)
     refused = [
@@ -157,9 +157,9 @@ def test_adjoint_refuses_parameters_that_it_would_not_see() -> None:
     ]
     for field, args in refused:
         with pytest.raises(UsageError, match=r"adjoint.*nn\.Module that owns them.*exact"):
-            solve(field, starts(), [0.0, 1.0], args=args, gradient="adjoint")
+            solve(field, starts(), [0.0, 1.0], args=args, gradient="adjoint", engine="torchdiffeq")
         with torch.no_grad():  # where no gradient is asked for, nothing is lost
-            solve(field, starts(), [0.0, 1.0], args=args, gradient="adjoint")
+            solve(field, starts(), [0.0, 1.0], args=args, gradient="adjoint", engine="torchdiffeq")
 
 
 def test_frozen_field_still_passes_the_gradient_to_y0() -> None:

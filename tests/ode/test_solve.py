@@ -87,7 +87,7 @@ def test_options_reach_the_method() -> None:
 
 @pytest.mark.parametrize(
     "asked",
-    [{"per_sample": True}, {"dense": True}, {"events": [decay]}, {"controller": "pid"}, {"checkpoint": 4}],
+    [{"per_sample": True}, {"events": [decay]}],
     ids=lambda asked: next(iter(asked)),
 )
 def test_what_is_not_built_yet_is_refused(asked: dict[str, Any]) -> None:

@@ -1,0 +1,162 @@
+"""The continuous adjoint: the gradient by a second solve, backwards in time (Chen et al. 2018, appendix B)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from neuralode.errors import UsageError
+from neuralode.ode.clock import Clock
+from neuralode.ode.dense import DenseOutput
+from neuralode.ode.explicit import moment
+from neuralode.ode.packing import Packing
+from neuralode.ode.solution import Stats
+from neuralode.ode.stepper import CountedField, Integration, Settings
+from neuralode.ode.tolerance import largest_rms
+
+Evaluate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class AdjointSettings:
+    """How the adjoint equation is solved."""
+
+    settings: Settings
+    """Method and tolerances of the backward solve; its norm is set here."""
+    grid_between: Callable[[float, float], list[float] | None]
+    """The steps of a fixed-step method between two times; None for one with error control."""
+    seminorm: bool = False
+    """Weigh the error of the state and its adjoint alone (Kidger et al. 2021, "Hey, that's not an ODE")."""
+    interpolated: bool = False
+    """Read the state from the dense output of the forward solve instead of solving it backwards."""
+
+
+def solve_with_adjoint(
+    integration: Integration,
+    evaluate: Evaluate,
+    inputs: Sequence[torch.Tensor],
+    adjoint: AdjointSettings,
+    stats: Stats,
+) -> list[torch.Tensor]:
+    """Runs an integration without graphs; the backward pass solves the adjoint equation.
+
+    Args:
+        integration: at its start.
+        evaluate: the field in the backward pass, with the parameters that the forward pass had.
+        inputs: every further tensor that the field depends on and that wants a gradient.
+
+    Returns:
+        The output states, a graph for which memory does not grow with the number of steps, unless `interpolated`.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UsageError("gradient='adjoint' does not work inside torch.func transforms; use gradient='exact'.")
+    y, ts = integration.y, integration.clock.ts
+    return list(_Adjoint.apply(integration, evaluate, adjoint, stats, y, ts, *inputs))
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, integration: Integration, evaluate: Evaluate, adjoint: AdjointSettings, stats: Stats,
+                y: torch.Tensor, ts: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        integration.clock = Clock(ts.detach(), integration.clock.lands)
+        integration.outputs = [y.detach()]
+        integration.detach()
+        integration.run()
+        ctx.evaluate, ctx.adjoint, ctx.stats = evaluate, adjoint, stats
+        ctx.dense = DenseOutput(integration.dense, Packing(y)) if adjoint.interpolated else None
+        outputs = tuple(state.clone() for state in integration.outputs)
+        ctx.save_for_backward(ts, torch.stack(outputs), *inputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise UsageError("gradient='adjoint' has no second derivatives; use gradient='exact'.")
+        ts, ys, *inputs = ctx.saved_tensors
+        wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[6:], strict=True) if needed]
+        equation = _Equation(ctx.evaluate, wanted, ys[0], ctx.stats, ctx.dense)
+        gradient = cotangents[-1].clone()
+        parameters = equation.zeros()
+        slopes = torch.zeros_like(ts)
+        for i in range(len(ts) - 1, 0, -1):
+            if ctx.needs_input_grad[5]:
+                slopes[i] = equation.rate(ts[i], ys[i], cotangents[i])
+            gradient, parameters = _back(ctx.adjoint, equation, ts[[i, i - 1]], ys[i], gradient, parameters)
+            gradient = gradient + cotangents[i - 1]
+        if ctx.needs_input_grad[5]:
+            slopes[0] = equation.rate(ts[0], ys[0], cotangents[0] - gradient)
+        found = iter(equation.unflatten(parameters))
+        rest = [next(found) if needed else None for needed in ctx.needs_input_grad[6:]]
+        return (None, None, None, None, gradient, slopes if ctx.needs_input_grad[5] else None, *rest)
+
+
+def _back(adjoint: AdjointSettings, equation: _Equation, ts: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor,
+          parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Takes the adjoint state from ts[0] back to ts[1]."""
+    parts = [y.flatten(), gradient.flatten(), parameters]
+    if equation.dense is not None:
+        parts = parts[1:]
+    sizes = [len(part) for part in parts]
+    weighed = sizes[:-1] if adjoint.seminorm else [*sizes[:-1], *equation.sizes]
+    norm = largest_rms(weighed)
+    total = sum(weighed)
+    clock = Clock(ts.detach(), lands=False)
+    settings = replace(
+        adjoint.settings,
+        tolerance=replace(adjoint.settings.tolerance, norm=lambda x: norm(x[:total])),
+        grid=adjoint.grid_between(*clock.values),
+    )
+    field = CountedField(equation, (), lambda dy, _: None)
+    integration = Integration(settings, field, clock, torch.cat(parts), Stats("stepper", "", "adjoint"))
+    integration.run()
+    *_, gradient, parameters = integration.y.split(sizes)
+    return gradient.view_as(y), parameters
+
+
+class _Equation:
+    """The adjoint equation over the flat state (y, a, p): ȧ = −aᵀ∂f/∂y, ṗ = −aᵀ∂f/∂θ; y is left out if `dense`."""
+
+    def __init__(self, evaluate: Evaluate, inputs: list[torch.Tensor], like: torch.Tensor, stats: Stats,
+                 dense: DenseOutput | None):  # fmt: skip
+        self.evaluate, self.inputs, self.like, self.stats, self.dense = evaluate, inputs, like, stats, dense
+        self.sizes = [x.numel() for x in inputs]
+
+    def zeros(self) -> torch.Tensor:
+        return self.like.new_zeros(sum(self.sizes))
+
+    def unflatten(self, parameters: torch.Tensor) -> list[torch.Tensor]:
+        parts = parameters.split(self.sizes) if self.sizes else ()
+        return [
+            (part.real if not x.is_complex() and part.is_complex() else part).view_as(x).to(x.dtype)
+            for part, x in zip(parts, self.inputs, strict=True)
+        ]
+
+    def rate(self, t: torch.Tensor, y: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
+        """⟨cotangent, f(t, y)⟩, the gradient with respect to a time."""
+        slope = self.evaluate(moment(float(t), y), y)
+        return (cotangent.conj() * slope).real.sum() if y.is_complex() else (cotangent * slope).sum()
+
+    def __call__(self, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        size = self.like.numel()
+        if self.dense is None:
+            y, state = state[:size].view_as(self.like), state[size:]
+        else:
+            found = self.dense(t)
+            assert isinstance(found, torch.Tensor)
+            y = found
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            dy = self.evaluate(t, y)
+        a = state[:size].view_as(self.like)
+        sources = [y, *self.inputs]
+        products: tuple[torch.Tensor | None, ...] = (None,) * len(sources)
+        if dy.requires_grad:
+            products = torch.autograd.grad(dy, sources, -a, allow_unused=True)
+            self.stats.nfe_backward += 1
+        flat = [
+            torch.zeros_like(x).flatten() if p is None else p.flatten() for p, x in zip(products, sources, strict=True)
+        ]
+        return torch.cat([*([] if self.dense is not None else [dy.detach().flatten()]), *flat]).to(self.like.dtype)

@@ -1,0 +1,73 @@
+"""Why a solve failed, in one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from neuralode.ode.solution import State, Stats, Status
+
+REMEDIES = {
+    Status.MAX_STEPS: "raise max_steps, loosen the tolerances, or make the field smoother",
+    Status.STEP_UNDERFLOW: "the field is too stiff or not smooth here: loosen the tolerances or bound its weights",
+    Status.NON_FINITE: "look for a NaN in the input, or lower the step size or the learning rate",
+}
+_STIFF = 2.0
+"""Explicit methods take steps of at most about 2 to 4 over ‖J‖."""
+
+
+def diagnosis(
+    status: Status, stats: Stats, time: float | None, suspect: State | None, stiffness: float = math.nan
+) -> str:
+    """The message of a SolveError.
+
+    Args:
+        time: where the solve stopped; None if no step was accepted.
+        suspect: the state or derivative in which to look for samples that are not finite.
+        stiffness: h·‖J‖ of the step that was tried last; NaN if unknown.
+    """
+    where = f" at t = {time:.6g}" if time is not None else " in the first step"
+    samples = sorted(bad_samples(suspect))
+    who = f"; not finite in sample {', '.join(map(str, samples[:5]))}" if samples else ""
+    steps = ", ".join(f"{h:.3g}" for h in stats.step_sizes[-3:])
+    last = f"; last accepted steps {steps}" if steps else ""
+    stiff = f"; h·‖J‖ is about {stiffness:.2g}" if math.isfinite(stiffness) else ""
+    remedy = REMEDIES[status]
+    if status is not Status.NON_FINITE and stiffness > _STIFF:
+        remedy += "; h·‖J‖ above 2 says stiff: method='esdirk4' or 'rkc2' takes longer steps"
+    return (
+        f"{stats.method} stopped{where}: {status.value} after {stats.nfe} evaluations{who}{last}{stiff}. "
+        f"What to try: {remedy}."
+    )
+
+
+def bad_samples(state: State | None) -> set[int]:
+    """Indices along dimension 0 at which a part of the state is not finite."""
+    bad: set[int] = set()
+    parts = state if isinstance(state, tuple) else () if state is None else (state,)
+    for part in parts:
+        finite = torch.isfinite(part.reshape(len(part) if part.dim() else 1, -1)).all(1)
+        bad |= set((~finite).nonzero().flatten().tolist())
+    return bad
+
+
+@torch.no_grad()
+def jacobian_norm(field: Callable[[torch.Tensor], torch.Tensor], y: torch.Tensor, iterations: int = 8) -> float:
+    """‖∂f/∂y‖ at y by power iteration on differences; NaN where the field is not finite.
+
+    Args:
+        field: dy/dt as a function of y alone.
+    """
+    base = field(y)
+    direction = torch.linspace(1, 2, max(y.numel(), 1), dtype=y.dtype, device=y.device).view_as(y)
+    norm = math.nan
+    eps = torch.finfo(y.dtype).eps ** 0.5 * (1 + float(torch.linalg.vector_norm(y)))
+    for _ in range(iterations):
+        direction = direction / torch.linalg.vector_norm(direction)
+        direction = (field(y + eps * direction) - base) / eps
+        norm = float(torch.linalg.vector_norm(direction))
+        if not norm > 0 or not math.isfinite(norm):
+            return norm if norm == 0 else math.nan
+    return norm

@@ -1,0 +1,180 @@
+"""One step of an explicit Runge-Kutta method. It knows nothing of acceptance: the controller decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from neuralode.errors import UsageError, unknown
+from neuralode.ode.interpolants import Interpolant, advance, hermite, increment, linear, polynomial
+from neuralode.ode.tableaus import Tableau
+
+Evaluate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Step:
+    """What one step of size h from (t, y0) gave. Times are floats, or tensors that broadcast against the state."""
+
+    __slots__ = ("f0", "f1", "h", "plan", "stages", "t", "y0", "y1")
+
+    def __init__(self, t: Any, h: Any, y0: torch.Tensor, f0: torch.Tensor, y1: torch.Tensor,
+                 f1: torch.Tensor | None, stages: list[torch.Tensor], plan: Any = None):  # fmt: skip
+        self.t, self.h, self.y0, self.f0, self.y1, self.f1, self.stages = t, h, y0, f0, y1, f1, stages
+        self.plan = plan
+
+    def end_slope(self, field: Evaluate) -> torch.Tensor:
+        """f(t + h, y1), evaluated if the method has not done so."""
+        if self.f1 is None:
+            self.f1 = field(moment(self.t + self.h, self.y1), self.y1)
+        return self.f1
+
+
+class Method(Protocol):
+    """What a one-step method offers to the stepper, to the gradients and to dense output."""
+
+    name: str
+    order: int
+    error_order: int
+    adaptive: bool
+    options: frozenset[str]
+    """Names of the options that are this method's own."""
+    interpolates: bool
+    """Whether its dense output is accurate enough to read output times from; else a step ends at each of them."""
+
+    def fresh(self, options: dict[str, Any]) -> Method:
+        """The method for one solve, with its options and a state of its own if it keeps one."""
+
+    def plan(self, field: Evaluate, t: float, y: torch.Tensor, h: float, f0: torch.Tensor) -> tuple[float, Any]:
+        """Fixes, outside the graph, what the step needs besides h: the size it can take, and anything else."""
+
+    def step(self, field: Evaluate, t: Any, h: Any, y: torch.Tensor, f0: torch.Tensor, plan: Any,
+             complete: bool = True) -> Step:  # fmt: skip
+        """One step from (t, y) of size h, f0 being f(t, y); if not `complete`, only y1 is wanted of it."""
+
+    def error(self, step: Step, field: Evaluate) -> torch.Tensor:
+        """The estimated local error of y1, in the units of y."""
+
+    def interpolant(self, step: Step, field: Evaluate) -> Interpolant: ...
+
+    def stiffness(self, step: Step) -> torch.Tensor | None:
+        """Estimate of ‖J‖, a scalar in units of 1/t, free of further evaluations; None if there is none."""
+
+
+def moment(t: Any, like: torch.Tensor) -> torch.Tensor:
+    """A time as the field receives it: a tensor of the state's real type."""
+    if isinstance(t, torch.Tensor):
+        return t
+    return torch.scalar_tensor(t, dtype=like.dtype.to_real(), device=like.device)
+
+
+def moments(t: Any, h: Any, c: tuple[float, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The times t + cᵢh of a step's stages."""
+    if isinstance(t, torch.Tensor):
+        return tuple(t + ci * h for ci in c)
+    if len(c) < 3:
+        return tuple(moment(t + ci * h, like) for ci in c)
+    times = [t + ci * h for ci in c]
+    return torch.tensor(times, dtype=like.dtype.to_real(), device=like.device).unbind()
+
+
+class RungeKutta:
+    """The explicit Runge-Kutta method of a tableau."""
+
+    def __init__(self, tableau: Tableau, linear: bool = False):
+        self.tableau, self.linear = tableau, linear
+        self.name, self.order, self.error_order = tableau.name, tableau.order, tableau.error_order
+        self.adaptive = tableau.adaptive
+        self.interpolates = tableau.interpolant_order >= tableau.order - 1
+        self.options = frozenset() if tableau.adaptive else frozenset({"interp"})
+        self._rows = [_nonzero(row) for row in tableau.a]
+        self._inner = self._rows[1 : -1 if tableau.fsal else None]
+        self._later = tableau.c[1:]
+        self._last = _nonzero(tableau.b)
+
+    def fresh(self, options: dict[str, Any]) -> Method:
+        """The method reading output times as the option `interp` says; it keeps nothing from step to step."""
+        between = options.get("interp", "cubic")
+        if between not in ("cubic", "linear"):
+            raise UsageError(unknown("interp", between, ("cubic", "linear")))
+        return RungeKutta(self.tableau, linear=True) if between == "linear" else self
+
+    def plan(self, field: Evaluate, t: float, y: torch.Tensor, h: float, f0: torch.Tensor) -> tuple[float, Any]:
+        """Nothing to fix: an explicit step needs its size alone."""
+        return h, None
+
+    def step(self, field: Evaluate, t: Any, h: Any, y: torch.Tensor, f0: torch.Tensor, plan: Any = None,
+             complete: bool = True) -> Step:  # fmt: skip
+        """One step from (t, y) of size h, f0 being f(t, y); if not `complete`, only y1 is wanted of it."""
+        tableau = self.tableau
+        times = moments(t, h, self._later, y)
+        stages = [f0]
+        for row, time in zip(self._inner, times, strict=False):
+            stages.append(field(time, _stage(y, stages, row, h)))
+        y1 = _end(y, stages, self._last, h)
+        f1 = None
+        if tableau.fsal and complete:
+            f1 = field(times[-1], y1)
+            stages.append(f1)
+        return Step(t, h, y, f0, y1, f1, stages)
+
+    def error(self, step: Step, field: Evaluate) -> torch.Tensor:
+        tableau = self.tableau
+        error = increment(step.stages, tableau.error)
+        assert error is not None
+        if tableau.error_low:
+            low = increment(step.stages, tableau.error_low)
+            assert low is not None
+            size = error.abs()
+            error = error * (size / (size * size + 0.01 * low.abs() ** 2 + _TINY).sqrt())
+        return error * step.h
+
+    def interpolant(self, step: Step, field: Evaluate) -> Interpolant:
+        tableau = self.tableau
+        if self.linear:
+            return linear(step.y0, step.y1)
+        if not tableau.interpolant:
+            return hermite(step.y0, step.f0, step.y1, step.end_slope(field), step.h)
+        stages = list(step.stages)
+        for row, time in zip(tableau.dense_a, moments(step.t, step.h, tableau.dense_c, step.y0), strict=True):
+            stages.append(field(time, _stage(step.y0, stages, _nonzero(row), step.h)))
+        return polynomial(step.y0, stages, tableau.interpolant, step.h)
+
+    def stiffness(self, step: Step) -> torch.Tensor | None:
+        """‖f(y) − f(z)‖/‖y − z‖ for the last two stages at t + h (Shampine 1977; SRNODE, Pal et al. 2021)."""
+        c = self.tableau.c
+        if not (self.tableau.fsal and c[-2] == c[-1]):
+            return None
+        before = _stage(step.y0, step.stages, self._rows[-2], step.h)
+        gap = torch.linalg.vector_norm(step.y1 - before)
+        return torch.linalg.vector_norm(step.stages[-1] - step.stages[-2]) / (gap + _TINY)
+
+
+_TINY = 1e-30
+
+
+def _nonzero(row: tuple[float, ...]) -> list[tuple[int, float]]:
+    return [(i, weight) for i, weight in enumerate(row) if weight]
+
+
+def _split(stages: list[torch.Tensor], row: list[tuple[int, float]]) -> tuple[list[torch.Tensor], list[float]]:
+    return [stages[i] for i, _ in row], [weight for _, weight in row]
+
+
+def _end(y: torch.Tensor, stages: list[torch.Tensor], row: list[tuple[int, float]], h: Any) -> torch.Tensor:
+    """y + h Σᵢ bᵢkᵢ, the increments summed before y comes in: one rounding at the size of y a step."""
+    (first, scale), *rest = row
+    slope = stages[first]
+    for i, weight in rest:
+        slope = torch.add(slope, stages[i], alpha=weight / scale)
+    return y + (scale * h) * slope if isinstance(h, torch.Tensor) else torch.add(y, slope, alpha=scale * h)
+
+
+def _stage(y: torch.Tensor, stages: list[torch.Tensor], row: list[tuple[int, float]], h: Any) -> torch.Tensor:
+    """y + h Σⱼ aⱼkⱼ."""
+    if isinstance(h, torch.Tensor):
+        return advance(y, h, increment(*_split(stages, row)))
+    for i, weight in row:  # fewest operations, which is what a small field's solve spends its time on
+        y = torch.add(y, stages[i], alpha=weight * h)
+    return y

@@ -1,0 +1,65 @@
+"""Dense output: the solution between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from neuralode.ode.tableaus import Row
+
+Interpolant = Callable[[Any], torch.Tensor]
+"""Maps θ in [0, 1], a float or a tensor that broadcasts against the state, to the state at t + θh."""
+
+
+def increment(stages: Sequence[torch.Tensor], weights: Sequence[Any]) -> torch.Tensor | None:
+    """Σᵢ wᵢkᵢ, leaving out the zeros; None if all are zero. A weight is a float or a broadcastable tensor."""
+    total: torch.Tensor | None = None
+    for stage, weight in zip(stages, weights, strict=True):
+        if isinstance(weight, torch.Tensor):
+            total = stage * weight if total is None else total + stage * weight
+        elif weight:
+            total = stage * weight if total is None else torch.add(total, stage, alpha=weight)
+    return total
+
+
+def advance(y: torch.Tensor, h: Any, slope: torch.Tensor | None) -> torch.Tensor:
+    """y + h·slope, for a step h that is a float or a broadcastable tensor."""
+    if slope is None:
+        return y
+    return y + h * slope if isinstance(h, torch.Tensor) else torch.add(y, slope, alpha=h)
+
+
+def hermite(y0: torch.Tensor, f0: torch.Tensor, y1: torch.Tensor, f1: torch.Tensor, h: Any) -> Interpolant:
+    """The cubic with the values and the slopes of both ends (Hairer, Nørsett, Wanner, I, equation II.6.7)."""
+    step = y1 - y0
+
+    def at(theta: Any) -> torch.Tensor:
+        to_end = theta * theta * (3 - 2 * theta)
+        slope0, slope1 = theta * (1 - theta) ** 2, theta * theta * (theta - 1)
+        return y0 + to_end * step + h * (slope0 * f0 + slope1 * f1)
+
+    return at
+
+
+def linear(y0: torch.Tensor, y1: torch.Tensor) -> Interpolant:
+    """The straight line between both ends: torchdiffeq's default for fixed steps."""
+    return lambda theta: y0 + theta * (y1 - y0)
+
+
+def polynomial(y0: torch.Tensor, stages: Sequence[torch.Tensor], rows: Sequence[Row], h: Any) -> Interpolant:
+    """y + h Σᵢ bᵢ(θ)kᵢ, row i holding the coefficients of θ, θ², ... of bᵢ."""
+
+    def at(theta: Any) -> torch.Tensor:
+        weights = [_horner(row, theta) if any(row) else 0.0 for row in rows]
+        return advance(y0, h, increment(stages, weights))
+
+    return at
+
+
+def _horner(row: Row, theta: Any) -> Any:
+    value: Any = row[-1]
+    for coefficient in row[-2::-1]:
+        value = value * theta + coefficient
+    return value * theta

@@ -1,0 +1,251 @@
+"""The loop of steps, around any one-step method and any field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from neuralode.ode.clock import Accepted, Clock
+from neuralode.ode.controllers import Controller, StepSize
+from neuralode.ode.explicit import Method, Step, moment
+from neuralode.ode.interpolants import Interpolant
+from neuralode.ode.solution import Stats, Status
+from neuralode.ode.tolerance import Tolerance
+
+
+class Failure(Exception):
+    """The solve cannot go on; carries what the diagnosis needs."""
+
+    def __init__(self, status: Status, t: float, y: torch.Tensor, h: float, suspect: torch.Tensor | None = None):
+        super().__init__(status.value)
+        self.status, self.t, self.y, self.h = status, t, y, h
+        self.suspect = y if suspect is None else suspect
+        """Where to look for the sample that is not finite."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a stepper is told besides the problem."""
+
+    method: Method
+    tolerance: Tolerance
+    controller: Controller
+    max_steps: int
+    max_steps_between: int | None = None
+    """Attempts allowed from one output time to the next."""
+    first_step: float | None = None
+    grid: list[float] | None = None
+    """The steps' ends, where the caller chose them."""
+    estimates: bool = False
+    """Sum up the error and stiffness estimates, differentiably."""
+    keep_dense: bool = False
+
+
+class CountedField:
+    """The field as the stepper calls it: with its arguments, counted, its shape checked."""
+
+    __slots__ = ("args", "field", "nfe", "refuse")
+
+    def __init__(self, field: Callable[..., Any], args: tuple[Any, ...], refuse: Callable[[Any, torch.Tensor], None]):
+        self.field, self.args, self.refuse, self.nfe = field, args, refuse, 0
+
+    def __call__(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.nfe += 1
+        dy = self.field(t, y, *self.args)
+        if not isinstance(dy, torch.Tensor) or dy.shape != y.shape:
+            self.refuse(dy, y)
+        return dy
+
+
+class Integration:
+    """One solve under way, from y at the first time of the clock. `run` takes it to the last time.
+
+    With gradients on, the graph of each accepted step is kept by autograd; what the controller computes never is.
+    """
+
+    def __init__(self, settings: Settings, field: CountedField, clock: Clock, y: torch.Tensor, stats: Stats):
+        self.settings, self.field, self.clock, self.stats = settings, field, clock, stats
+        self.t, self.y = clock.values[0], y
+        self.f0: torch.Tensor | None = None
+        self.next = 1
+        """Index of the output time that comes next."""
+        self.outputs = [y]
+        self.accepted: list[Accepted] = []
+        self.dense: list[tuple[float, float, Interpolant]] = []
+        self.size: StepSize | None = None
+        self._slope_unused = True
+        self._tried_at_output = 0
+        self.in_graph = 0
+        """Evaluations whose graph the accepted steps hold."""
+        self.error_sum: torch.Tensor | None = None
+        self.stiffness_sum: torch.Tensor | None = None
+        stats.accepted = stats.rejected = 0
+
+    @property
+    def done(self) -> bool:
+        return self.next == len(self.clock.values)
+
+    def run(self, pause: Callable[[], bool] = lambda: False, on_step: Callable[[Step], None] | None = None) -> None:
+        """Steps until done, or until `pause()` is true after an accepted step."""
+        while not self.done:
+            step, record = self._attempt()
+            if step is None or record is None:
+                continue
+            if on_step is not None:
+                on_step(step)
+            self._move(step, record)
+            if pause():
+                return
+
+    def detach(self) -> None:
+        """Goes on from the present state without its history."""
+        self.y = self.y.detach()
+        self.f0 = None if self.f0 is None else self.f0.detach()
+
+    def slope(self) -> torch.Tensor:
+        """f at the present time and state."""
+        if self.f0 is None:
+            self.f0 = self.field(moment(self.clock.start(self.t, self.next), self.y), self.y)
+        return self.f0
+
+    def _attempt(self) -> tuple[Step | None, Accepted | None]:
+        """Tries one step; nothing if it was rejected."""
+        settings, stats, y, f0 = self.settings, self.stats, self.y, self.slope()
+        tried = (stats.accepted or 0) + (stats.rejected or 0)
+        if tried >= settings.max_steps or tried - self._tried_at_output >= (settings.max_steps_between or math.inf):
+            raise Failure(Status.MAX_STEPS, self.t, y, self.clock.direction * (self.size.size if self.size else 0.0))
+        h, wanted = self._choose(y, f0)
+        h, plan = settings.method.plan(self.field, self.t, y, h, f0)
+        if self.t + h == self.t or not math.isfinite(h):
+            raise Failure(Status.STEP_UNDERFLOW, self.t, y, h)
+        record = self._record(h, plan)
+        evaluated = self.field.nfe
+        step = settings.method.step(self.field, *self.clock.place(record), y, f0, plan)
+        if self.size is not None:
+            with torch.no_grad():
+                ratio = settings.tolerance.ratio(settings.method.error(step, self.field), y, step.y1)
+            self.size.size = abs(h)
+            if not self.size.accepts(ratio):
+                stats.rejected = (stats.rejected or 0) + 1
+                if not math.isfinite(ratio):
+                    self._check_hope(step, h)
+                return None, None
+            if record.lands and wanted > abs(h):  # cut short to end at an output time, so no sign of a hard stretch
+                self.size.size = max(self.size.size, wanted)
+        # a slope at the step's end counts when the next step, or dense output, makes use of it
+        self._count(self.field.nfe - evaluated - (step.f1 is not None) + self._slope_unused)
+        self._slope_unused = True
+        return step, record
+
+    def _choose(self, y: torch.Tensor, f0: torch.Tensor) -> tuple[float, float]:
+        """The signed size of the next step, and the size that the controller wanted."""
+        settings, clock = self.settings, self.clock
+        if settings.grid is not None:
+            h = settings.grid[(self.stats.accepted or 0) + 1] - self.t
+            return h, abs(h)
+        rest = clock.target(self.next) - self.t
+        if self.size is None:
+            self.size = StepSize(settings.controller, settings.method.error_order, self._first(y, f0))
+        wanted = self.size.size
+        return (rest if wanted >= abs(rest) * (1 - 1e-9) else clock.direction * wanted), wanted
+
+    def _first(self, y: torch.Tensor, f0: torch.Tensor) -> float:
+        if self.settings.first_step is not None:
+            return abs(self.settings.first_step)
+        direction = self.clock.direction
+        with torch.no_grad():
+            y, f0 = y.detach(), f0.detach()
+
+            def slope_after(h: float) -> torch.Tensor:
+                h *= direction
+                return self.field(moment(self.t + h, y), torch.add(y, f0, alpha=h))
+
+            return self.settings.tolerance.first_step(y, f0, self.settings.method.order, slope_after)
+
+    def _record(self, h: float, plan: Any) -> Accepted:
+        """The step of size h as a part of the frozen grid: which outputs lie in it, and whether it ends at one."""
+        values, direction, last = self.clock.values, self.clock.direction, self.next
+        end = self.t + h
+        rounding = 1e-12 * max(abs(end), abs(h))
+        while last < len(values) and (values[last] - end) * direction <= rounding:
+            last += 1
+        lands = last > self.next and abs(values[last - 1] - end) <= rounding
+        return Accepted(self.t, h, plan, range(self.next, last), lands)
+
+    def _move(self, step: Step, record: Accepted) -> None:
+        """Goes to the end of an accepted step."""
+        stats, settings = self.stats, self.settings
+        stats.accepted = (stats.accepted or 0) + 1
+        stats.step_sizes.append(abs(record.h))
+        self.accepted.append(record)
+        evaluated = self.field.nfe
+        self.outputs += read_outputs(settings.method, step, record, self.clock, self.field)
+        if settings.estimates:
+            error, stiffness = step_estimates(settings.method, step, self.field)
+            self.error_sum = error if self.error_sum is None else self.error_sum + error
+            if stiffness is not None:
+                self.stiffness_sum = stiffness if self.stiffness_sum is None else self.stiffness_sum + stiffness
+        if settings.keep_dense:
+            self.dense.append((record.t, record.h, settings.method.interpolant(step, self.field)))
+        if read_densely(record, self.clock):
+            self._count(self.field.nfe - evaluated + (step.f1 is not None))
+            self._slope_unused = False
+        if record.outputs:
+            self._tried_at_output = stats.accepted + (stats.rejected or 0)
+        self.next += len(record.outputs)
+        self.t = self.clock.values[self.next - 1] if record.lands else record.t + record.h
+        if settings.grid is not None:
+            self.t = settings.grid[stats.accepted]
+        self.y, self.f0 = step.y1, step.f1
+
+    def _count(self, evaluations: int) -> None:
+        if torch.is_grad_enabled():
+            self.in_graph += evaluations
+
+    def _check_hope(self, step: Step, h: float) -> None:
+        """A step that met an overflow may do so no more when it is shorter, unless it starts at one or is minute."""
+        resolution = torch.finfo(step.y0.dtype).eps * max(
+            abs(self.t), abs(self.clock.values[-1] - self.clock.values[0])
+        )
+        for suspect in (step.y0, step.f0):
+            if not torch.isfinite(suspect).all():
+                raise Failure(Status.NON_FINITE, self.t, step.y0, h, suspect)
+        if abs(h) <= resolution:
+            broken = [x for x in (*step.stages, step.y1) if not torch.isfinite(x).all()]
+            raise Failure(Status.NON_FINITE, self.t, step.y0, h, broken[0] if broken else step.y1)
+
+
+def read_outputs(
+    method: Method, step: Step, record: Accepted, clock: Clock, field: Callable[..., torch.Tensor]
+) -> list[torch.Tensor]:
+    """The states at the output times that lie in a step."""
+    inner = read_densely(record, clock)
+    states = []
+    if inner:
+        at = method.interpolant(step, field)
+        states = [at(clock.fraction(output, step.t, step.h)) for output in inner]
+    return states if len(inner) == len(record.outputs) else [*states, step.y1]
+
+
+def read_densely(record: Accepted, clock: Clock) -> range:
+    """Those outputs of a step that dense output gives; the one that may be left is the step's end.
+
+    A step that meets an output time by chance does not move with it, so that the gradient to that time has to come
+    from dense output.
+    """
+    if record.lands and (not clock.moves or clock.anchored(record.outputs[-1])):
+        return record.outputs[:-1]
+    return record.outputs
+
+
+def step_estimates(
+    method: Method, step: Step, field: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """|h|·‖error‖ and |h|·‖J‖ of one step (ERNODE and SRNODE, Pal et al. 2021, "Opening the blackbox")."""
+    size = abs(step.h)
+    stiffness = method.stiffness(step)
+    return torch.linalg.vector_norm(method.error(step, field)) * size, None if stiffness is None else stiffness * size

@@ -1,0 +1,237 @@
+"""Our engine: any field, any of our methods, exact gradients under a memory budget."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from neuralode.errors import UsageError
+from neuralode.ode.adjoint import AdjointSettings, solve_with_adjoint
+from neuralode.ode.clock import Clock, host_values
+from neuralode.ode.diagnosis import diagnosis, jacobian_norm
+from neuralode.ode.explicit import moment
+from neuralode.ode.interpolants import Interpolant
+from neuralode.ode.methods import METHODS
+from neuralode.ode.packing import Packing
+from neuralode.ode.parameters import HeldField
+from neuralode.ode.recompute import solve_recomputing
+from neuralode.ode.solution import SolveError, State, Stats, Status
+from neuralode.ode.solver_config import SolverConfig
+from neuralode.ode.stepper import CountedField, Failure, Integration, Settings
+from neuralode.ode.tolerance import Tolerance, largest_rms, rms
+
+Field = Callable[..., Any]
+
+_OPTIONS = {"first_step", "max_num_steps", "safety", "ifactor", "dfactor", "norm", "step_size", "grid_constructor"}
+
+
+def unable(config: SolverConfig) -> str:
+    """Why the stepper cannot serve this solve; empty if it can."""
+    if config.method not in METHODS:
+        return f"the stepper has no method {config.method!r}"
+    foreign = set(config.options) - _OPTIONS - METHODS[config.method].options
+    if foreign:
+        return f"the stepper does not know the option {sorted(foreign)[0]!r}"
+    if config.gradient == "adjoint" and "grid_constructor" in config.options:
+        return "the stepper's adjoint does not take a grid_constructor"
+    return ""
+
+
+def run(
+    field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config: SolverConfig, stats: Stats,
+    keep_dense: bool = False,
+    strict: bool = True,
+) -> tuple[State, list[tuple[float, float, Interpolant]]]:  # fmt: skip
+    """Solves from ts[0] through all of ts, [T]; returns the states [T, *shape] and the interpolants of the steps.
+
+    Raises SolveError with a diagnosis where the solve cannot go on or the result is not finite.
+    """
+    packing = Packing(y0)
+    y = packing.pack(y0)
+    counted = CountedField(packing.field(field), args, lambda dy, _: packing.check(dy))
+    grid = _grid(config, field, y0, ts)
+    settings = _settings(config, packing, grid, keep_dense)
+    clock = Clock(ts, lands=not settings.method.interpolates or grid == host_values(ts))
+    integration = Integration(settings, counted, clock, y, stats)
+    try:
+        outputs = _integrate(integration, HeldField(field, args), packing, config, stats)
+        if strict and not in_transform() and not torch.isfinite(outputs[-1]).all():
+            raise Failure(Status.NON_FINITE, integration.t, outputs[-1].detach(), 0.0)
+    except Failure as failure:
+        raise _explained(failure, integration, packing, stats) from None
+    finally:
+        stats.nfe = counted.nfe
+    ys = torch.stack(outputs)
+    return packing.unpack(_counting_products(ys, integration, stats)), integration.dense
+
+
+def _integrate(
+    integration: Integration, held: HeldField, packing: Packing, config: SolverConfig, stats: Stats
+) -> list[torch.Tensor]:
+    """Runs to the end under the checkpoint policy; the output states, and the sums of estimates into `stats`."""
+    if config.gradient == "adjoint" and torch.is_grad_enabled():
+        inputs = _inputs(integration, held)
+        return solve_with_adjoint(integration, packing.field(held), inputs, _adjoint(config, integration), stats)
+    policy = config.checkpoint
+    keeps_all = not torch.is_grad_enabled() or policy == "never" or (policy == "auto" and in_transform())
+    if keeps_all:
+        integration.run()
+    elif policy == "auto":
+        budget = MemoryBudget(config.memory_budget, held.field, integration)
+        integration.run(pause=budget.exhausted)
+    outputs, error, stiffness = list(integration.outputs), integration.error_sum, integration.stiffness_sum
+    if not integration.done:
+        inputs = _inputs(integration, held)
+        integration.error_sum = integration.stiffness_sum = None
+        limit = None if isinstance(policy, str) else policy
+        more = solve_recomputing(integration, packing.field(held), inputs, limit, stats)
+        if config.estimates:
+            *more, more_error, more_stiffness = more
+            error = more_error if error is None else error + more_error
+            stiffness = more_stiffness if stiffness is None else stiffness + more_stiffness
+        outputs += more
+    if config.estimates:
+        stats.error_estimate, stats.stiffness_estimate = error, stiffness
+    return outputs
+
+
+def _inputs(integration: Integration, held: HeldField) -> list[torch.Tensor]:
+    """What the field depends on besides t and y; the integration goes on from here without a graph."""
+    y = integration.y.detach()
+    inputs, slope = held.all_inputs(lambda: integration.field(moment(integration.t, y), y))
+    integration.f0 = slope
+    return inputs
+
+
+def _counting_products(ys: torch.Tensor, integration: Integration, stats: Stats) -> torch.Tensor:
+    """Notes, when a gradient reaches the states, the vector-Jacobian products that the kept graphs take."""
+    products = integration.in_graph
+    if ys.requires_grad and products and not in_transform():
+
+        def note(_gradient: torch.Tensor) -> None:
+            stats.nfe_backward += products
+
+        ys.register_hook(note)
+    return ys
+
+
+def _settings(config: SolverConfig, packing: Packing, grid: list[float] | None, keep_dense: bool) -> Settings:
+    options = config.options
+    first = options.get("first_step")
+    return Settings(
+        method=METHODS[config.method].fresh(options),
+        tolerance=Tolerance(config.rtol, config.atol, _norm(options.get("norm"), packing)),
+        controller=config.controller_object(),
+        max_steps=min(config.max_steps, options.get("max_num_steps", config.max_steps)),
+        max_steps_between=config.max_steps_between,
+        first_step=None if first is None else float(first),
+        grid=grid,
+        estimates=config.estimates,
+        keep_dense=keep_dense or (config.gradient == "adjoint" and config.adjoint_interpolated),
+    )
+
+
+def _norm(given: Callable[[Any], torch.Tensor] | None, packing: Packing) -> Callable[[torch.Tensor], torch.Tensor]:
+    if given is None:
+        return largest_rms(packing.sizes) if packing.tuple else rms
+    return (lambda x: given(packing.unpack(x))) if packing.tuple else given
+
+
+def _adjoint(config: SolverConfig, integration: Integration) -> AdjointSettings:
+    forward = integration.settings
+    rtol, atol = config.adjoint_rtol or config.rtol, config.adjoint_atol or config.atol
+    step = config.options.get("step_size", config.step_size)
+
+    def grid_between(start: float, end: float) -> list[float] | None:
+        if forward.grid is None:
+            return None
+        return [start, end] if step is None else even_grid([start, end], float(step))
+
+    settings = replace(forward, tolerance=Tolerance(rtol, atol), keep_dense=False, estimates=False)
+    return AdjointSettings(settings, grid_between, config.adjoint_seminorm, config.adjoint_interpolated)
+
+
+def _grid(config: SolverConfig, field: Field, y0: State, ts: torch.Tensor) -> list[float] | None:
+    """The ends of the steps of a fixed-step method: every `step_size`, as the caller constructs them, or `ts`."""
+    if METHODS[config.method].adaptive:
+        return None
+    times = host_values(ts)
+    step = config.options.get("step_size", config.step_size)
+    if "grid_constructor" in config.options:
+        grid = host_values(config.options["grid_constructor"](field, y0, ts))
+        if grid[0] != times[0] or grid[-1] != times[-1]:
+            raise UsageError("the grid of grid_constructor has to begin at the first time of t and to end at the last.")
+        return grid
+    if step is None:
+        return times
+    return even_grid(times, float(step))
+
+
+def even_grid(times: list[float], step: float) -> list[float]:
+    """From the first to the last time in equal steps, the last of them cut to fit."""
+    span = times[-1] - times[0]
+    count = max(1, math.ceil(abs(span) / step - 1e-9))
+    return [times[0] + math.copysign(i * step, span) for i in range(count)] + [times[-1]]
+
+
+def _explained(failure: Failure, integration: Integration, packing: Packing, stats: Stats) -> SolveError:
+    stats.nfe = integration.field.nfe
+    y, stiffness = failure.y.detach(), math.nan
+    if failure.status is not Status.NON_FINITE and not in_transform():
+        time = moment(failure.t, y)
+        field = integration.field
+        stiffness = abs(failure.h) * jacobian_norm(lambda x: field.field(time, x, *field.args), y)
+    begun = failure.t if stats.accepted else None
+    suspect = None if in_transform() else packing.unpack(failure.suspect.detach())
+    stats.diagnosis = diagnosis(failure.status, stats, begun, suspect, stiffness)
+    return SolveError(stats.diagnosis, failure.status, stats)
+
+
+def in_transform() -> bool:
+    """Whether the solve runs inside a transform of torch.func."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+_BYTES: weakref.WeakKeyDictionary[Any, dict[Any, int]] = weakref.WeakKeyDictionary()
+"""Bytes that one evaluation's graph holds, by field, and by the shape and type of the state."""
+
+
+class MemoryBudget:
+    """Ends the keeping of graphs when they have taken their share of memory.
+
+    What one evaluation keeps is measured once for each field and shape of state, at the solve's first evaluation.
+    """
+
+    def __init__(self, budget: int, field: Field, integration: Integration):
+        self.integration, self.budget = integration, budget
+        y = integration.y
+        key = (y.shape, y.dtype, y.device)
+        try:
+            known = _BYTES.setdefault(field, {})
+        except TypeError:  # not every callable can be referred to weakly
+            known = {}
+        if key not in known:
+            known[key] = _bytes_kept_by(integration.slope)
+        self.each = known[key] + 2 * y.numel() * y.element_size()
+
+    def exhausted(self) -> bool:
+        return self.integration.in_graph * self.each > self.budget
+
+
+def _bytes_kept_by(evaluation: Callable[[], torch.Tensor]) -> int:
+    """Bytes that the graph of an evaluation keeps alive, parameters and inputs not counted."""
+    sizes: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if not x.is_leaf:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        evaluation()
+    return sum(sizes.values())

@@ -1,0 +1,78 @@
+"""When an error is small enough: tolerances, norms, and the way of a number from a tensor to the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    """Root mean square over all entries."""
+    return torch.linalg.vector_norm(x) / math.sqrt(max(x.numel(), 1))
+
+
+def largest_rms(sizes: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The largest of the root mean squares of the parts of a packed state; `sizes` are their numbers of entries."""
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([rms(part) for part in x.split(list(sizes)) if part.numel()]).max()
+
+    return norm
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Relative and absolute tolerance, and the norm by which errors are weighed against them."""
+
+    rtol: Any
+    """A float, or a tensor that broadcasts against the state."""
+    atol: Any
+    norm: Callable[[torch.Tensor], torch.Tensor] = rms
+
+    def ratio(self, error: torch.Tensor, y0: torch.Tensor, y1: torch.Tensor) -> float:
+        """Error over tolerance; the step stands if it is at most 1."""
+        scale = torch.maximum(y0.abs(), y1.abs()) * self.rtol + self.atol
+        return abs(to_host(self.norm(error / scale)))
+
+    def first_step(self, y0: torch.Tensor, f0: torch.Tensor, order: int,
+                   slope_after: Callable[[float], torch.Tensor]) -> float:  # fmt: skip
+        """A first step size (Hairer, Nørsett, Wanner, I, section II.4); `slope_after(h)` is f after an Euler step."""
+        scale = y0.abs() * self.rtol + self.atol
+        size, slope = (abs(to_host(self.norm(x / scale))) for x in (y0, f0))
+        if not (math.isfinite(size) and math.isfinite(slope)):
+            return 1e-6
+        h0 = 1e-6 if size < 1e-5 or slope < 1e-5 else 0.01 * size / slope
+        bend = abs(to_host(self.norm((slope_after(h0) - f0) / scale))) / h0
+        if not bend < math.inf:
+            return h0
+        steepest = max(slope, bend)
+        h1 = max(1e-6, h0 * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / order)
+        return min(100 * h0, h1)
+
+
+def to_host(x: torch.Tensor) -> float:
+    """A scalar as a float; under `torch.func.vmap` the largest of the mapped scalars, so that all share the steps."""
+    try:
+        return float(x)
+    except RuntimeError:
+        return float(_Largest.apply(x))
+
+
+class _Largest(torch.autograd.Function):
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None], x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _Largest.apply(x.amax(in_dims[0]) if in_dims[0] is not None else x), None
