@@ -66,7 +66,7 @@ class _Adjoint(torch.autograd.Function):
         integration.detach()
         integration.run()
         ctx.evaluate, ctx.adjoint, ctx.stats = evaluate, adjoint, stats
-        ctx.dense = DenseOutput(integration.dense, Packing(y)) if adjoint.interpolated else None
+        ctx.dense = integration.dense_output(Packing(y)) if adjoint.interpolated else None
         outputs = tuple(state.clone() for state in integration.outputs)
         ctx.save_for_backward(ts, torch.stack(outputs), *inputs)
         return outputs

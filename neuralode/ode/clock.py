@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from neuralode.ode.explicit import Evaluate, Method, Step
+
 
 class Accepted(NamedTuple):
     """A step of the frozen grid."""
@@ -61,6 +63,29 @@ class Clock:
         if self.moves and step.lands and self.anchored(step.outputs[-1]):
             return t, self.ts[step.outputs[-1]] - t
         return t, step.h
+
+    def with_times(self, ts: torch.Tensor) -> Clock:
+        """The same clock over times that may carry another gradient."""
+        return Clock(ts, self.lands)
+
+    def reads_densely(self, step: Accepted) -> range:
+        """Those outputs of a step that dense output gives; the one that may be left is the step's end.
+
+        A step that meets an output time by chance does not move with it, so that the gradient to that time has to
+        come from dense output.
+        """
+        if step.lands and (not self.moves or self.anchored(step.outputs[-1])):
+            return step.outputs[:-1]
+        return step.outputs
+
+    def read(self, method: Method, step: Step, record: Accepted, field: Evaluate) -> list[torch.Tensor]:
+        """The states at the output times that lie in a step."""
+        inner = self.reads_densely(record)
+        states = []
+        if inner:
+            at = method.interpolant(step, field)
+            states = [at(self.fraction(output, step.t, step.h)) for output in inner]
+        return states if len(inner) == len(record.outputs) else [*states, step.y1]
 
     def fraction(self, output: int, t: Any, h: Any) -> Any:
         """Where in the step (t, h), as `place` gave it, an output time lies."""

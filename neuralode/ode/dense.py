@@ -52,3 +52,61 @@ class DenseOutput:
         index = min(bisect.bisect_left(self._ends, value * self.direction), len(self.steps) - 1)
         start, size, at = self.steps[index]
         return at((t - start) / size)
+
+
+class Rows:
+    """How row-wise numbers, [R], broadcast against the state: one row a sample, or one row for the whole batch."""
+
+    def __init__(self, y: torch.Tensor, shared: bool):
+        self.shared = shared
+        self.count = 1 if shared else len(y)
+        self.shape = () if shared else (self.count, *[1] * (y.dim() - 1))
+        self.real = y.dtype.to_real()
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """[R] in a shape that broadcasts against the state, and in its precision."""
+        return (x.to(self.real) if x.is_floating_point() else x).reshape(self.shape)
+
+    def rms(self, x: torch.Tensor) -> torch.Tensor:
+        """Root mean square of each row, [R]."""
+        flat = x.reshape(self.count, -1)
+        return torch.linalg.vector_norm(flat, dim=1).double() / max(flat.shape[1], 1) ** 0.5
+
+
+class RowDenseOutput:
+    """`DenseOutput` where every row has steps of its own.
+
+    Args:
+        steps: for each step the starts and signed sizes of the rows, [R], zero for those that took none, and the
+            interpolant.
+    """
+
+    def __init__(self, steps: Sequence[tuple[torch.Tensor, torch.Tensor, Interpolant]], rows: Rows, packing: Packing):
+        self.steps, self.rows, self.packing = steps, rows, packing
+
+    def __call__(self, t: Any) -> State:
+        """The state at t.
+
+        Args:
+            t: a number or a scalar tensor for all rows, or a time for each row, [B].
+
+        Returns:
+            The state [*shape].
+
+        Raises:
+            UsageError: for a time that lies outside a row's solve.
+        """
+        times = torch.as_tensor(t, device=self.steps[0][0].device).expand(self.rows.count)
+        found = torch.zeros(self.rows.count, dtype=torch.bool, device=times.device)
+        state: torch.Tensor | None = None
+        for start, size, at in self.steps:
+            inside = (size != 0) & ~found
+            fraction = torch.where(inside, (times - start) / torch.where(size != 0, size, 1.0), 0.0)
+            inside = inside & (fraction >= -1e-9) & (fraction <= 1 + 1e-9)
+            value = at(self.rows.spread(torch.where(inside, fraction, 0.0)))
+            state = value if state is None else torch.where(self.rows.spread(inside), value, state)
+            found = found | inside
+        if state is None or not bool(found.all()):
+            row = int((~found).nonzero()[0])
+            raise UsageError(f"t = {float(times[row]):g} lies outside the solve of sample {row}.")
+        return self.packing.unpack(state)

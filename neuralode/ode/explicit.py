@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from neuralode.errors import UsageError, unknown
-from neuralode.ode.interpolants import Interpolant, advance, hermite, increment, linear, polynomial
+from neuralode.ode.interpolants import Interpolant, hermite, increment, linear, polynomial
 from neuralode.ode.tableaus import Tableau
 
 Evaluate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -38,6 +38,8 @@ class Method(Protocol):
     order: int
     error_order: int
     adaptive: bool
+    by_sample: bool
+    """Whether t and h may differ from sample to sample."""
     options: frozenset[str]
     """Names of the options that are this method's own."""
     interpolates: bool
@@ -59,7 +61,14 @@ class Method(Protocol):
     def interpolant(self, step: Step, field: Evaluate) -> Interpolant: ...
 
     def stiffness(self, step: Step) -> torch.Tensor | None:
-        """Estimate of ‖J‖, a scalar in units of 1/t, free of further evaluations; None if there is none."""
+        """Estimate of |h|·‖J‖, free of further evaluations; one number, or one a row; None if there is none."""
+
+
+def row_norm(x: torch.Tensor, h: Any) -> torch.Tensor:
+    """Euclidean norm of a state: of the whole, or of each sample where h gives each its own step."""
+    if isinstance(h, torch.Tensor) and h.dim():
+        return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
+    return torch.linalg.vector_norm(x)
 
 
 def moment(t: Any, like: torch.Tensor) -> torch.Tensor:
@@ -72,7 +81,10 @@ def moment(t: Any, like: torch.Tensor) -> torch.Tensor:
 def moments(t: Any, h: Any, c: tuple[float, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The times t + cᵢh of a step's stages."""
     if isinstance(t, torch.Tensor):
-        return tuple(t + ci * h for ci in c)
+        if not c:
+            return ()
+        fractions = torch.tensor(c, dtype=t.dtype, device=t.device).view(-1, *[1] * t.dim())
+        return (t + fractions * h).unbind()
     if len(c) < 3:
         return tuple(moment(t + ci * h, like) for ci in c)
     times = [t + ci * h for ci in c]
@@ -87,6 +99,7 @@ class RungeKutta:
         self.name, self.order, self.error_order = tableau.name, tableau.order, tableau.error_order
         self.adaptive = tableau.adaptive
         self.interpolates = tableau.interpolant_order >= tableau.order - 1
+        self.by_sample = True
         self.options = frozenset() if tableau.adaptive else frozenset({"interp"})
         self._rows = [_nonzero(row) for row in tableau.a]
         self._inner = self._rows[1 : -1 if tableau.fsal else None]
@@ -147,8 +160,8 @@ class RungeKutta:
         if not (self.tableau.fsal and c[-2] == c[-1]):
             return None
         before = _stage(step.y0, step.stages, self._rows[-2], step.h)
-        gap = torch.linalg.vector_norm(step.y1 - before)
-        return torch.linalg.vector_norm(step.stages[-1] - step.stages[-2]) / (gap + _TINY)
+        change = (step.stages[-1] - step.stages[-2]) * step.h
+        return row_norm(change, step.h) / (row_norm(step.y1 - before, step.h) + _TINY)
 
 
 _TINY = 1e-30
@@ -158,23 +171,21 @@ def _nonzero(row: tuple[float, ...]) -> list[tuple[int, float]]:
     return [(i, weight) for i, weight in enumerate(row) if weight]
 
 
-def _split(stages: list[torch.Tensor], row: list[tuple[int, float]]) -> tuple[list[torch.Tensor], list[float]]:
-    return [stages[i] for i, _ in row], [weight for _, weight in row]
-
-
 def _end(y: torch.Tensor, stages: list[torch.Tensor], row: list[tuple[int, float]], h: Any) -> torch.Tensor:
     """y + h Σᵢ bᵢkᵢ, the increments summed before y comes in: one rounding at the size of y a step."""
     (first, scale), *rest = row
     slope = stages[first]
     for i, weight in rest:
         slope = torch.add(slope, stages[i], alpha=weight / scale)
-    return y + (scale * h) * slope if isinstance(h, torch.Tensor) else torch.add(y, slope, alpha=scale * h)
+    if isinstance(h, torch.Tensor):
+        return torch.addcmul(y, slope, h.to(y.dtype), value=scale)
+    return torch.add(y, slope, alpha=scale * h)
 
 
 def _stage(y: torch.Tensor, stages: list[torch.Tensor], row: list[tuple[int, float]], h: Any) -> torch.Tensor:
     """y + h Σⱼ aⱼkⱼ."""
     if isinstance(h, torch.Tensor):
-        return advance(y, h, increment(*_split(stages, row)))
+        return _end(y, stages, row, h)
     for i, weight in row:  # fewest operations, which is what a small field's solve spends its time on
         y = torch.add(y, stages[i], alpha=weight * h)
     return y

@@ -52,14 +52,20 @@ def polynomial(y0: torch.Tensor, stages: Sequence[torch.Tensor], rows: Sequence[
     """y + h Σᵢ bᵢ(θ)kᵢ, row i holding the coefficients of θ, θ², ... of bᵢ."""
 
     def at(theta: Any) -> torch.Tensor:
-        weights = [_horner(row, theta) if any(row) else 0.0 for row in rows]
+        if isinstance(theta, torch.Tensor):
+            degrees = torch.arange(1, len(rows[0]) + 1, dtype=theta.dtype, device=theta.device)
+            table = torch.tensor(rows, dtype=theta.dtype, device=theta.device)
+            found = ((theta[..., None] ** degrees) @ table.T).unbind(-1)
+            weights: list[Any] = [weight if any(row) else 0.0 for row, weight in zip(rows, found, strict=True)]
+        else:
+            weights = [_horner(row, theta) if any(row) else 0.0 for row in rows]
         return advance(y0, h, increment(stages, weights))
 
     return at
 
 
-def _horner(row: Row, theta: Any) -> Any:
-    value: Any = row[-1]
+def _horner(row: Row, theta: float) -> float:
+    value = row[-1]
     for coefficient in row[-2::-1]:
         value = value * theta + coefficient
     return value * theta

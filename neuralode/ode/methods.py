@@ -7,7 +7,9 @@ from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from neuralode.errors import UsageError, unknown
 from neuralode.ode import tableaus, tableaus_order8
+from neuralode.ode.chebyshev import RKC2
 from neuralode.ode.explicit import Method, RungeKutta
+from neuralode.ode.implicit import ESDIRK4
 
 _TABLEAUS = [
     tableaus.EULER, tableaus.MIDPOINT, tableaus.HEUN2, tableaus.RALSTON, tableaus.HEUN3, tableaus.RK4,
@@ -15,7 +17,10 @@ _TABLEAUS = [
     tableaus.TSIT5, tableaus_order8.DOPRI8, tableaus_order8.DOP853,
 ]  # fmt: skip
 
-METHODS: dict[str, Method] = {tableau.name: RungeKutta(tableau) for tableau in _TABLEAUS}
+METHODS: dict[str, Method] = {
+    **{tableau.name: RungeKutta(tableau) for tableau in _TABLEAUS},
+    **{method.name: method for method in (RKC2(), ESDIRK4())},
+}
 """The methods that the stepper has."""
 
 

@@ -15,9 +15,7 @@ import torchdiffeq
 
 from neuralode.errors import UsageError
 from neuralode.ode.clock import host_values
-from neuralode.ode.dense import DenseOutput
 from neuralode.ode.methods import METHODS, check_method, takes_fixed_steps
-from neuralode.ode.packing import Packing
 from neuralode.ode.solution import Stats
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper_engine import run, unable
@@ -103,8 +101,9 @@ def odeint_dense(func: Any, y0: Any, t0: Any, t1: Any, *, rtol: float = 1e-7, at
             f"odeint_dense cannot serve method={method!r} with options={options}; it takes {', '.join(METHODS)} over "
             "two different times."
         )
-    _, steps = run(func, y0, t, (), config, Stats("stepper", config.method, "exact"), keep_dense=True, strict=False)
-    return DenseOutput(steps, Packing(y0))
+    _, dense = run(func, y0, t, (), config, Stats("stepper", config.method, "exact"), keep_dense=True, strict=False)
+    assert dense is not None
+    return dense
 
 
 def _states(func: Any, y0: Any, t: torch.Tensor, config: SolverConfig) -> Any:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from neuralode.errors import UsageError
-from neuralode.ode.clock import Accepted, Clock
-from neuralode.ode.explicit import Step, moment
+from neuralode.ode.clock import Accepted
+from neuralode.ode.explicit import Evaluate, Step, moment
+from neuralode.ode.rows import RowIntegration, RowStep
 from neuralode.ode.solution import Stats
-from neuralode.ode.stepper import Integration, read_densely, read_outputs, step_estimates
+from neuralode.ode.stepper import Integration, step_estimates
 
-Evaluate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Loop = Integration | RowIntegration
 
 
 class Checkpoints:
@@ -33,7 +34,7 @@ class Checkpoints:
 
 
 def solve_recomputing(
-    integration: Integration,
+    integration: Loop,
     evaluate: Evaluate,
     inputs: Sequence[torch.Tensor],
     limit: int | None,
@@ -50,7 +51,7 @@ def solve_recomputing(
         inputs: every further tensor that the field depends on and that wants a gradient.
 
     Returns:
-        The remaining output states; then, if the settings ask for them, the two sums of estimates.
+        The remaining output states, the final state, and, if the settings ask for them, the two sums of estimates.
     """
     ts = integration.clock.ts
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -62,7 +63,7 @@ def solve_recomputing(
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, integration: Integration, evaluate: Evaluate, limit: int | None, stats: Stats,
+    def forward(ctx: Any, integration: Loop, evaluate: Evaluate, limit: int | None, stats: Stats,
                 y: torch.Tensor, ts: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # fmt: skip
         before, first = len(integration.outputs), len(integration.accepted)
         kept = Checkpoints(limit)
@@ -70,9 +71,9 @@ class _Recomputed(torch.autograd.Function):
         integration.run(on_step=lambda step: kept.offer(len(integration.accepted) - first, step.y0))
         ctx.steps = integration.accepted[first:]
         ctx.kept, ctx.limit, ctx.settings, ctx.evaluate = kept.states, limit, integration.settings, evaluate
-        ctx.lands, ctx.first_output, ctx.stats = integration.clock.lands, before, stats
-        ctx.save_for_backward(ts, *inputs)
-        results = [state.detach() for state in integration.outputs[before:]]
+        ctx.clock, ctx.first_output, ctx.stats = integration.clock, before, stats
+        ctx.save_for_backward(ts, y, *inputs)
+        results = [state.detach() for state in (*integration.outputs[before:], integration.y)]
         if ctx.settings.estimates:
             sums = (integration.error_sum, integration.stiffness_sum)
             results += [y.new_zeros(()) if s is None else s.detach() for s in sums]
@@ -85,7 +86,7 @@ class _Recomputed(torch.autograd.Function):
             raise UsageError(
                 "second derivatives through recomputed steps are not available; give checkpoint='never' to the solve."
             )
-        ts, *inputs = ctx.saved_tensors
+        ts, _, *inputs = ctx.saved_tensors  # saving y makes autograd notice if it was changed in place since
         # the input that wants no gradient is not differentiated
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[6:], strict=True) if needed]
         sweep = _Sweep(ctx, ts, wanted, cotangents)
@@ -101,19 +102,18 @@ class _Sweep:
 
     def __init__(self, ctx: Any, ts: torch.Tensor, inputs: list[torch.Tensor], cotangents: Sequence[torch.Tensor]):
         self.method, self.estimates = ctx.settings.method, ctx.settings.estimates
-        self.steps: list[Accepted] = ctx.steps
+        self.steps: list[Accepted] | list[RowStep] = ctx.steps
         self.limit, self.stats = ctx.limit, ctx.stats
         self.counted = _Counted(ctx.evaluate)
         self.ts = ts.detach().requires_grad_(ctx.needs_input_grad[5])
         with torch.enable_grad():
-            self.clock = Clock(self.ts, ctx.lands)
+            self.clock = ctx.clock.with_times(self.ts)
         self.inputs = inputs
         self.totals: list[torch.Tensor | None] = [None] * len(inputs)
         self.times_total = torch.zeros_like(ts) if ctx.needs_input_grad[5] else None
-        outputs = cotangents[:-2] if self.estimates else cotangents
+        *outputs, self.gradient = cotangents[:-2] if self.estimates else cotangents
         self.cotangents = {ctx.first_output + i: g for i, g in enumerate(outputs)}
         self.sums = list(cotangents[-2:]) if self.estimates else []
-        self.gradient = torch.zeros_like(cotangents[0])
 
     def back(self, low: int, high: int, kept: dict[int, torch.Tensor]) -> torch.Tensor:
         """Takes the gradient from the end of step high - 1 to the start of step `low`, which is in `kept`."""
@@ -153,9 +153,9 @@ class _Sweep:
             y = y.detach().requires_grad_()
             before = self.counted.calls
             # the slope at the end of the step belongs to the next one, unless dense output or an estimate reads it
-            complete = self.estimates or len(read_densely(record, self.clock)) > 0
+            complete = self.estimates or bool(self.clock.reads_densely(record))
             step = self._take(index, y, None, complete)
-            results = [step.y1, *read_outputs(self.method, step, record, self.clock, self.counted)]
+            results = [step.y1, *self.clock.read(self.method, step, record, self.counted)]
             cotangents = [self.gradient, *(self.cotangents[output] for output in record.outputs)]
             if self.estimates:
                 estimates = step_estimates(self.method, step, self.counted)

@@ -40,6 +40,9 @@ class Stats:
     """Vector-Jacobian products of the field in the backward pass, so far."""
     accepted: int | None = None
     rejected: int | None = None
+    accepted_per_sample: torch.Tensor | None = None
+    """Accepted steps of each sample, [B], where samples have steps of their own; `accepted` is then the largest."""
+    rejected_per_sample: torch.Tensor | None = None
     step_sizes: list[float] = field(default_factory=list)
     """Sizes of the accepted steps, in the units of t, in order."""
     seconds: float = 0.0

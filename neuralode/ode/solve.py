@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,8 @@ from neuralode.errors import UsageError
 from neuralode.ode import stepper_engine, torchdiffeq_engine
 from neuralode.ode.clock import host_values
 from neuralode.ode.controllers import Controller
-from neuralode.ode.dense import DenseOutput
 from neuralode.ode.methods import in_torchdiffeq
 from neuralode.ode.observed_field import Field, tensors
-from neuralode.ode.packing import Packing
 from neuralode.ode.solution import Solution, SolveError, State, Stats, Status
 from neuralode.ode.solver_config import DEFAULT_MAX_STEPS, DEFAULT_MEMORY_BUDGET, SolverConfig
 
@@ -50,14 +48,17 @@ def solve(
     Args:
         field: `f(t, y, *args)`, t a scalar tensor, returning dy/dt in the shape of y.
         y0: initial state, a tensor of any shape or a tuple of tensors.
-        t: output times, [T], rising or falling; the first is the initial time.
+        t: output times, [T], rising or falling; the first is the initial time. [B, T] gives each sample, along
+            dimension 0 of the state, times and steps of its own.
         args: further arguments of the field.
         method, rtol, atol, step_size, options, controller, checkpoint, memory_budget, estimates, max_steps: as in
             `SolverConfig`.
         engine: `auto`, `stepper` (ours) or `torchdiffeq`; the statistics say which ran and why.
         gradient: `exact` differentiates the discrete solve on its accepted steps; `adjoint` solves the continuous
             adjoint equation backwards (Chen et al. 2018, "Neural Ordinary Differential Equations").
-        dense: also return the solution as a function of time, `Solution.at`.
+        per_sample: each sample takes steps of its own; the field then receives t as [B, 1, ..., 1], which broadcasts
+            against the state, and must not mix samples.
+        dense: also return the solution as a function of time, `Solution.dense`.
         throw: raise SolveError on failure; otherwise return a Solution whose status says what happened and whose
             states are NaN.
 
@@ -68,9 +69,8 @@ def solve(
         UsageError: for an argument that cannot be used.
         SolveError: when the solve fails and `throw` is true.
     """
-    for name, asked in {"per_sample": per_sample, "events": events is not None}.items():
-        if asked:
-            raise UsageError(f"solve({name}=...) is not built yet; leave it out.")
+    if events is not None:
+        raise UsageError("solve(events=...) is not built yet; leave it out.")
     config = SolverConfig(
         method=method, rtol=rtol, atol=atol, step_size=step_size, gradient=gradient, engine=engine,
         controller=controller, checkpoint=checkpoint, memory_budget=memory_budget, per_sample=per_sample,
@@ -92,14 +92,14 @@ def solve_configured(
     """`solve` for a caller that holds a SolverConfig; same states, statistics and errors."""
     first = tensors(y0)[0]
     ts = _times(t, first)
-    engine, reason = choose_engine(config, dense)
+    engine, reason = choose_engine(config, dense, config.per_sample or ts.dim() == 2, ts.shape[-1])
     stats = Stats(engine, config.method, config.gradient, reason)
     status = Status.SUCCESS
-    steps: list[Any] = []
+    at: Callable[[Any], State] | None = None
     start = time.perf_counter()
     try:
         if engine == "stepper":
-            ys, steps = stepper_engine.run(field, y0, ts, tuple(args), config, stats, keep_dense=dense)
+            ys, at = stepper_engine.run(field, y0, ts, tuple(args), config, stats, keep_dense=dense)
         else:
             ys = torchdiffeq_engine.run(field, y0, ts, tuple(args), config, stats)
     except SolveError as error:
@@ -109,23 +109,30 @@ def solve_configured(
         lost = [part.new_full((len(ts), *part.shape), float("nan")) for part in tensors(y0)]
         ys = tuple(lost) if isinstance(y0, tuple) else lost[0]
     stats.seconds = time.perf_counter() - start
-    return Solution(ts, ys, stats, status, DenseOutput(steps, Packing(y0)) if steps else None)
+    return Solution(ts, ys, stats, status, at)
 
 
-def choose_engine(config: SolverConfig, dense: bool = False) -> tuple[str, str]:
+def choose_engine(
+    config: SolverConfig, dense: bool = False, by_sample: bool = False, outputs: int = 2
+) -> tuple[str, str]:
     """The engine that serves a solve, and why.
 
     Raises:
         UsageError: if the engine that was asked for cannot serve it.
     """
-    obstacle = stepper_engine.unable(config)
+    obstacle = stepper_engine.unable(config, by_sample, outputs)
     if config.engine == "stepper" and obstacle:
         raise UsageError(f"engine='stepper' cannot serve this solve: {obstacle}; give engine='auto'.")
     if config.engine == "torchdiffeq" or obstacle:
-        ours = [name for name, asked in {"dense": dense, "estimates": config.estimates, "per_sample": config.per_sample,
-                                         "controller": config.controller != "I"}.items() if asked]  # fmt: skip
+        wanted = {
+            "dense output": dense, "estimates": config.estimates, "steps for each sample": by_sample,
+            "choice of controller": config.controller != "I",
+        }  # fmt: skip
+        ours = [name for name, asked in wanted.items() if asked]
         if ours:
-            raise UsageError(f"torchdiffeq has no {ours[0]}; leave it out, or use a method of the stepper.")
+            raise UsageError(
+                f"torchdiffeq has no {ours[0]}; leave it out, or let the stepper serve: {obstacle or 'engine=auto'}."
+            )
         if not in_torchdiffeq(config.method):
             raise UsageError(f"torchdiffeq has no method {config.method!r}; give engine='auto'.")
         return "torchdiffeq", "asked for" if config.engine == "torchdiffeq" else obstacle
@@ -137,15 +144,14 @@ def _times(t: torch.Tensor | Sequence[float], like: torch.Tensor) -> torch.Tenso
     if not real.is_floating_point:
         raise UsageError(f"the state is of type {like.dtype}; a solve needs a floating-point or complex state.")
     ts = t.to(like.device) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=real, device=like.device)
-    if ts.dim() == 2:
-        raise UsageError("times of shape [B, T], one row a sample, are not built yet; give one row of times, [T].")
-    if ts.dim() != 1 or len(ts) < 2:
-        raise UsageError(f"t has shape {tuple(ts.shape)}; a solve needs at least two times, [T].")
+    if ts.dim() not in (1, 2) or ts.shape[-1] < 2:
+        raise UsageError(f"t has shape {tuple(ts.shape)}; a solve needs at least two times, [T] or [B, T].")
     if not ts.is_floating_point():
         raise UsageError(f"t is of type {ts.dtype}; give times in floating point, for example t.float().")
-    values = host_values(ts)
-    gaps = [b - a for a, b in itertools.pairwise(values)]
-    if not (all(map(math.isfinite, values)) and (min(gaps) > 0 or max(gaps) < 0)):
+    for values in [host_values(ts)] if ts.dim() == 1 else host_values(ts):
+        gaps = [b - a for a, b in itertools.pairwise(values)]
+        if all(map(math.isfinite, values)) and (min(gaps) > 0 or max(gaps) < 0):
+            continue
         shown = ", ".join(f"{value:g}" for value in values[:6]) + (", ..." if len(ts) > 6 else "")
         raise UsageError(f"t is [{shown}]; the times have to be finite and strictly rising or strictly falling.")
     return ts

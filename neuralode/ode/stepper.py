@@ -11,8 +11,10 @@ import torch
 
 from neuralode.ode.clock import Accepted, Clock
 from neuralode.ode.controllers import Controller, StepSize
-from neuralode.ode.explicit import Method, Step, moment
+from neuralode.ode.dense import DenseOutput
+from neuralode.ode.explicit import Method, Step, moment, row_norm
 from neuralode.ode.interpolants import Interpolant
+from neuralode.ode.packing import Packing
 from neuralode.ode.solution import Stats, Status
 from neuralode.ode.tolerance import Tolerance
 
@@ -20,9 +22,10 @@ from neuralode.ode.tolerance import Tolerance
 class Failure(Exception):
     """The solve cannot go on; carries what the diagnosis needs."""
 
-    def __init__(self, status: Status, t: float, y: torch.Tensor, h: float, suspect: torch.Tensor | None = None):
+    def __init__(self, status: Status, t: float, y: torch.Tensor, h: float, suspect: torch.Tensor | None = None,
+                 sample: int | None = None):  # fmt: skip
         super().__init__(status.value)
-        self.status, self.t, self.y, self.h = status, t, y, h
+        self.status, self.t, self.y, self.h, self.sample = status, t, y, h, sample
         self.suspect = y if suspect is None else suspect
         """Where to look for the sample that is not finite."""
 
@@ -48,16 +51,17 @@ class Settings:
 class CountedField:
     """The field as the stepper calls it: with its arguments, counted, its shape checked."""
 
-    __slots__ = ("args", "field", "nfe", "refuse")
+    __slots__ = ("args", "field", "graphs", "nfe", "refuse")
 
     def __init__(self, field: Callable[..., Any], args: tuple[Any, ...], refuse: Callable[[Any, torch.Tensor], None]):
-        self.field, self.args, self.refuse, self.nfe = field, args, refuse, 0
+        self.field, self.args, self.refuse, self.nfe, self.graphs = field, args, refuse, 0, 0
 
     def __call__(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         self.nfe += 1
         dy = self.field(t, y, *self.args)
         if not isinstance(dy, torch.Tensor) or dy.shape != y.shape:
             self.refuse(dy, y)
+        self.graphs += dy.requires_grad
         return dy
 
 
@@ -112,6 +116,17 @@ class Integration:
             self.f0 = self.field(moment(self.clock.start(self.t, self.next), self.y), self.y)
         return self.f0
 
+    def moment(self) -> torch.Tensor:
+        """The present time, as the field receives it."""
+        return moment(self.t, self.y)
+
+    def dense_output(self, packing: Packing) -> DenseOutput:
+        return DenseOutput(self.dense, packing)
+
+    def assemble(self, pieces: list[torch.Tensor], final: torch.Tensor) -> torch.Tensor:
+        """The states [T, *shape] from the output states, of which `final` is the last."""
+        return torch.stack(pieces)
+
     def _attempt(self) -> tuple[Step | None, Accepted | None]:
         """Tries one step; nothing if it was rejected."""
         settings, stats, y, f0 = self.settings, self.stats, self.y, self.slope()
@@ -123,7 +138,7 @@ class Integration:
         if self.t + h == self.t or not math.isfinite(h):
             raise Failure(Status.STEP_UNDERFLOW, self.t, y, h)
         record = self._record(h, plan)
-        evaluated = self.field.nfe
+        graphs = self.field.graphs
         step = settings.method.step(self.field, *self.clock.place(record), y, f0, plan)
         if self.size is not None:
             with torch.no_grad():
@@ -137,7 +152,7 @@ class Integration:
             if record.lands and wanted > abs(h):  # cut short to end at an output time, so no sign of a hard stretch
                 self.size.size = max(self.size.size, wanted)
         # a slope at the step's end counts when the next step, or dense output, makes use of it
-        self._count(self.field.nfe - evaluated - (step.f1 is not None) + self._slope_unused)
+        self.in_graph += self.field.graphs - graphs + _graphs(f0) * self._slope_unused - _graphs(step.f1)
         self._slope_unused = True
         return step, record
 
@@ -182,8 +197,8 @@ class Integration:
         stats.accepted = (stats.accepted or 0) + 1
         stats.step_sizes.append(abs(record.h))
         self.accepted.append(record)
-        evaluated = self.field.nfe
-        self.outputs += read_outputs(settings.method, step, record, self.clock, self.field)
+        graphs = self.field.graphs
+        self.outputs += self.clock.read(settings.method, step, record, self.field)
         if settings.estimates:
             error, stiffness = step_estimates(settings.method, step, self.field)
             self.error_sum = error if self.error_sum is None else self.error_sum + error
@@ -191,8 +206,8 @@ class Integration:
                 self.stiffness_sum = stiffness if self.stiffness_sum is None else self.stiffness_sum + stiffness
         if settings.keep_dense:
             self.dense.append((record.t, record.h, settings.method.interpolant(step, self.field)))
-        if read_densely(record, self.clock):
-            self._count(self.field.nfe - evaluated + (step.f1 is not None))
+        if self.clock.reads_densely(record):
+            self.in_graph += self.field.graphs - graphs + _graphs(step.f1)
             self._slope_unused = False
         if record.outputs:
             self._tried_at_output = stats.accepted + (stats.rejected or 0)
@@ -201,10 +216,6 @@ class Integration:
         if settings.grid is not None:
             self.t = settings.grid[stats.accepted]
         self.y, self.f0 = step.y1, step.f1
-
-    def _count(self, evaluations: int) -> None:
-        if torch.is_grad_enabled():
-            self.in_graph += evaluations
 
     def _check_hope(self, step: Step, h: float) -> None:
         """A step that met an overflow may do so no more when it is shorter, unless it starts at one or is minute."""
@@ -219,27 +230,8 @@ class Integration:
             raise Failure(Status.NON_FINITE, self.t, step.y0, h, broken[0] if broken else step.y1)
 
 
-def read_outputs(
-    method: Method, step: Step, record: Accepted, clock: Clock, field: Callable[..., torch.Tensor]
-) -> list[torch.Tensor]:
-    """The states at the output times that lie in a step."""
-    inner = read_densely(record, clock)
-    states = []
-    if inner:
-        at = method.interpolant(step, field)
-        states = [at(clock.fraction(output, step.t, step.h)) for output in inner]
-    return states if len(inner) == len(record.outputs) else [*states, step.y1]
-
-
-def read_densely(record: Accepted, clock: Clock) -> range:
-    """Those outputs of a step that dense output gives; the one that may be left is the step's end.
-
-    A step that meets an output time by chance does not move with it, so that the gradient to that time has to come
-    from dense output.
-    """
-    if record.lands and (not clock.moves or clock.anchored(record.outputs[-1])):
-        return record.outputs[:-1]
-    return record.outputs
+def _graphs(slope: torch.Tensor | None) -> int:
+    return int(slope is not None and slope.requires_grad)
 
 
 def step_estimates(
@@ -247,5 +239,8 @@ def step_estimates(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """|h|·‖error‖ and |h|·‖J‖ of one step (ERNODE and SRNODE, Pal et al. 2021, "Opening the blackbox")."""
     size = abs(step.h)
+    if isinstance(size, torch.Tensor) and size.dim():
+        size = size.flatten()
     stiffness = method.stiffness(step)
-    return torch.linalg.vector_norm(method.error(step, field)) * size, None if stiffness is None else stiffness * size
+    error = (row_norm(method.error(step, field), step.h) * size).sum()
+    return error, None if stiffness is None else stiffness.sum()

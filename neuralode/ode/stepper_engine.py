@@ -14,12 +14,11 @@ from neuralode.errors import UsageError
 from neuralode.ode.adjoint import AdjointSettings, solve_with_adjoint
 from neuralode.ode.clock import Clock, host_values
 from neuralode.ode.diagnosis import diagnosis, jacobian_norm
-from neuralode.ode.explicit import moment
-from neuralode.ode.interpolants import Interpolant
 from neuralode.ode.methods import METHODS
 from neuralode.ode.packing import Packing
 from neuralode.ode.parameters import HeldField
-from neuralode.ode.recompute import solve_recomputing
+from neuralode.ode.recompute import Loop, solve_recomputing
+from neuralode.ode.rows import RowClock, RowIntegration, Rows, check_rows
 from neuralode.ode.solution import SolveError, State, Stats, Status
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import CountedField, Failure, Integration, Settings
@@ -27,11 +26,26 @@ from neuralode.ode.tolerance import Tolerance, largest_rms, rms
 
 Field = Callable[..., Any]
 
-_OPTIONS = {"first_step", "max_num_steps", "safety", "ifactor", "dfactor", "norm", "step_size", "grid_constructor"}
+_OPTIONS = {
+    "first_step",
+    "max_num_steps",
+    "safety",
+    "ifactor",
+    "dfactor",
+    "norm",
+    "step_size",
+    "grid_constructor",
+    "steps_per_sync",
+}
 
 
-def unable(config: SolverConfig) -> str:
-    """Why the stepper cannot serve this solve; empty if it can."""
+def unable(config: SolverConfig, by_sample: bool = False, outputs: int = 2) -> str:
+    """Why the stepper cannot serve this solve; empty if it can.
+
+    Args:
+        by_sample: whether each sample takes steps of its own.
+        outputs: number of output times.
+    """
     if config.method not in METHODS:
         return f"the stepper has no method {config.method!r}"
     foreign = set(config.options) - _OPTIONS - METHODS[config.method].options
@@ -39,6 +53,19 @@ def unable(config: SolverConfig) -> str:
         return f"the stepper does not know the option {sorted(foreign)[0]!r}"
     if config.gradient == "adjoint" and "grid_constructor" in config.options:
         return "the stepper's adjoint does not take a grid_constructor"
+    return _unable_by_sample(config, outputs) if by_sample else ""
+
+
+def _unable_by_sample(config: SolverConfig, outputs: int) -> str:
+    method = METHODS[config.method]
+    if not method.by_sample:
+        return f"{config.method!r} takes the same steps for all samples"
+    if config.gradient == "adjoint":
+        return "the adjoint takes the same steps for all samples; use gradient='exact'"
+    if outputs > 2 and not method.interpolates:
+        return f"{config.method!r} has no dense output accurate enough for times of each sample; use 'dop853'"
+    if not method.adaptive and config.options.get("step_size", config.step_size) is None:
+        return f"{config.method!r} needs a step_size to step each sample on its own"
     return ""
 
 
@@ -46,37 +73,55 @@ def run(
     field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config: SolverConfig, stats: Stats,
     keep_dense: bool = False,
     strict: bool = True,
-) -> tuple[State, list[tuple[float, float, Interpolant]]]:  # fmt: skip
-    """Solves from ts[0] through all of ts, [T]; returns the states [T, *shape] and the interpolants of the steps.
+) -> tuple[State, Callable[[Any], State] | None]:  # fmt: skip
+    """Solves from ts[0] through all of ts, [T] or [B, T]; the states [T, *shape], and, if asked for, dense output.
 
     Raises SolveError with a diagnosis where the solve cannot go on or the result is not finite.
     """
-    packing = Packing(y0)
+    by_sample = config.per_sample or ts.dim() == 2
+    packing = Packing(y0, rows=by_sample)
     y = packing.pack(y0)
     counted = CountedField(packing.field(field), args, lambda dy, _: packing.check(dy))
-    grid = _grid(config, field, y0, ts)
-    settings = _settings(config, packing, grid, keep_dense)
-    clock = Clock(ts, lands=not settings.method.interpolates or grid == host_values(ts))
-    integration = Integration(settings, counted, clock, y, stats)
+    integration = _begin(field, y0, y, ts, config, counted, packing, stats, by_sample, keep_dense)
     try:
-        outputs = _integrate(integration, HeldField(field, args), packing, config, stats)
-        if strict and not in_transform() and not torch.isfinite(outputs[-1]).all():
-            raise Failure(Status.NON_FINITE, integration.t, outputs[-1].detach(), 0.0)
+        ys = _integrate(integration, HeldField(field, args), packing, config, stats)
+        if strict and not in_transform() and not torch.isfinite(ys[-1]).all():
+            raise Failure(Status.NON_FINITE, host_values(ts)[-1] if ts.dim() == 1 else math.nan, ys[-1].detach(), 0.0)
     except Failure as failure:
         raise _explained(failure, integration, packing, stats) from None
     finally:
         stats.nfe = counted.nfe
-    ys = torch.stack(outputs)
-    return packing.unpack(_counting_products(ys, integration, stats)), integration.dense
+    dense = integration.dense_output(packing) if keep_dense else None
+    return packing.unpack(_counting_products(ys, integration, stats)), dense
+
+
+def _begin(field: Field, y0: State, y: torch.Tensor, ts: torch.Tensor, config: SolverConfig, counted: CountedField,
+           packing: Packing, stats: Stats, by_sample: bool, keep_dense: bool) -> Loop:  # fmt: skip
+    """The loop that serves: on the host, or in tensors, with a row for each sample or one for all."""
+    chunk = config.options.get("steps_per_sync", 8 if y.is_cuda else 1)
+    if not by_sample and (chunk == 1 or not METHODS[config.method].adaptive or not METHODS[config.method].interpolates):
+        grid = _grid(config, field, y0, ts)
+        settings = _settings(config, packing, grid, keep_dense)
+        clock = Clock(ts, lands=not settings.method.interpolates or grid == host_values(ts))
+        return Integration(settings, counted, clock, y, stats)
+    if by_sample:
+        check_rows(y, ts)
+    settings = _settings(config, packing, None, keep_dense)
+    row_clock = RowClock(ts, Rows(y, shared=not by_sample))
+    step = None if settings.method.adaptive else config.options.get("step_size", config.step_size)
+    return RowIntegration(settings, counted, row_clock, y, stats, step, chunk)
 
 
 def _integrate(
-    integration: Integration, held: HeldField, packing: Packing, config: SolverConfig, stats: Stats
-) -> list[torch.Tensor]:
-    """Runs to the end under the checkpoint policy; the output states, and the sums of estimates into `stats`."""
+    integration: Loop, held: HeldField, packing: Packing, config: SolverConfig, stats: Stats
+) -> torch.Tensor:
+    """Runs to the end under the checkpoint policy; the states [T, *shape], and the sums of estimates into `stats`."""
     if config.gradient == "adjoint" and torch.is_grad_enabled():
         inputs = _inputs(integration, held)
-        return solve_with_adjoint(integration, packing.field(held), inputs, _adjoint(config, integration), stats)
+        assert isinstance(integration, Integration)
+        return torch.stack(
+            solve_with_adjoint(integration, packing.field(held), inputs, _adjoint(config, integration), stats)
+        )
     policy = config.checkpoint
     keeps_all = not torch.is_grad_enabled() or policy == "never" or (policy == "auto" and in_transform())
     if keeps_all:
@@ -84,7 +129,8 @@ def _integrate(
     elif policy == "auto":
         budget = MemoryBudget(config.memory_budget, held.field, integration)
         integration.run(pause=budget.exhausted)
-    outputs, error, stiffness = list(integration.outputs), integration.error_sum, integration.stiffness_sum
+    outputs, final = list(integration.outputs), integration.y
+    error, stiffness = integration.error_sum, integration.stiffness_sum
     if not integration.done:
         inputs = _inputs(integration, held)
         integration.error_sum = integration.stiffness_sum = None
@@ -94,21 +140,22 @@ def _integrate(
             *more, more_error, more_stiffness = more
             error = more_error if error is None else error + more_error
             stiffness = more_stiffness if stiffness is None else stiffness + more_stiffness
+        *more, final = more
         outputs += more
     if config.estimates:
         stats.error_estimate, stats.stiffness_estimate = error, stiffness
-    return outputs
+    return integration.assemble(outputs, final)
 
 
-def _inputs(integration: Integration, held: HeldField) -> list[torch.Tensor]:
+def _inputs(integration: Loop, held: HeldField) -> list[torch.Tensor]:
     """What the field depends on besides t and y; the integration goes on from here without a graph."""
     y = integration.y.detach()
-    inputs, slope = held.all_inputs(lambda: integration.field(moment(integration.t, y), y))
+    inputs, slope = held.all_inputs(lambda: integration.field(integration.moment(), y))
     integration.f0 = slope
     return inputs
 
 
-def _counting_products(ys: torch.Tensor, integration: Integration, stats: Stats) -> torch.Tensor:
+def _counting_products(ys: torch.Tensor, integration: Loop, stats: Stats) -> torch.Tensor:
     """Notes, when a gradient reaches the states, the vector-Jacobian products that the kept graphs take."""
     products = integration.in_graph
     if ys.requires_grad and products and not in_transform():
@@ -179,11 +226,11 @@ def even_grid(times: list[float], step: float) -> list[float]:
     return [times[0] + math.copysign(i * step, span) for i in range(count)] + [times[-1]]
 
 
-def _explained(failure: Failure, integration: Integration, packing: Packing, stats: Stats) -> SolveError:
+def _explained(failure: Failure, integration: Loop, packing: Packing, stats: Stats) -> SolveError:
     stats.nfe = integration.field.nfe
     y, stiffness = failure.y.detach(), math.nan
     if failure.status is not Status.NON_FINITE and not in_transform():
-        time = moment(failure.t, y)
+        time = integration.moment()
         field = integration.field
         stiffness = abs(failure.h) * jacobian_norm(lambda x: field.field(time, x, *field.args), y)
     begun = failure.t if stats.accepted else None
@@ -207,7 +254,7 @@ class MemoryBudget:
     What one evaluation keeps is measured once for each field and shape of state, at the solve's first evaluation.
     """
 
-    def __init__(self, budget: int, field: Field, integration: Integration):
+    def __init__(self, budget: int, field: Field, integration: Loop):
         self.integration, self.budget = integration, budget
         y = integration.y
         key = (y.shape, y.dtype, y.device)

@@ -85,21 +85,6 @@ def test_options_reach_the_method() -> None:
     assert steps[0] == 0.125
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [{"per_sample": True}, {"events": [decay]}],
-    ids=lambda asked: next(iter(asked)),
-)
-def test_what_is_not_built_yet_is_refused(asked: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=rf"{next(iter(asked))}.*not built yet"):
-        solve(decay, Y0, [0.0, 1.0], **asked)
-
-
-def test_times_of_each_sample_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"\[B, T\].*not built yet"):
-        solve(decay, Y0, torch.tensor([[0.0, 1.0], [0.0, 2.0]]))
-
-
 @pytest.mark.parametrize("times", [[0.0], [], 1.0])
 def test_fewer_than_two_times_are_refused(times: Any) -> None:
     with pytest.raises(UsageError, match="at least two times"):

@@ -1,0 +1,188 @@
+"""Stabilised explicit steps for mildly stiff fields, whose Jacobian has its spectrum near the negative real axis.
+
+The second-order Runge-Kutta-Chebyshev method of Sommeijer, Shampine and Verwer 1997, "RKC: an explicit solver for
+parabolic PDEs". Its s stages buy stability along 0.65 (s² - 1) of that axis, so that the cost of a long step grows
+with the square root of the stiffness, where that of a classical method grows with the stiffness itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from neuralode.errors import UsageError
+from neuralode.ode.explicit import Evaluate, Step, moment, moments
+from neuralode.ode.interpolants import Interpolant, hermite
+from neuralode.ode.tolerance import to_host
+
+_DAMPING = 2 / 13
+"""ε: how far the stability polynomial stays below 1 inside its interval; the paper's choice."""
+_STEPS_BETWEEN_ESTIMATES = 25
+_MOST_STAGES = 500
+_MARGIN = 1.2
+"""A power iteration stops below the spectral radius, never above it."""
+_MOST_ITERATIONS = 50
+_SETTLED = 0.01
+"""Relative change of the estimate at which the power iteration ends."""
+
+SpectralRadius = Callable[[float, torch.Tensor], float]
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What the recurrence of s stages takes, in the paper's letters; entry j - 2 belongs to stage j = 2 … s."""
+
+    first: float
+    """μ̃₁."""
+    rows: tuple[tuple[float, float, float, float], ...]
+    """(μⱼ, νⱼ, μ̃ⱼ, γ̃ⱼ)."""
+    c: tuple[float, ...]
+    """c₁ … c_{s-1}: where in the step the stages lie at which f is evaluated."""
+
+
+@functools.lru_cache(maxsize=512)
+def coefficients(s: int) -> Coefficients:
+    """The coefficients for s ≥ 2 stages, from the Chebyshev polynomials Tⱼ and their first two derivatives at w₀."""
+    w0 = 1 + _DAMPING / s**2
+    T, dT, ddT = [1.0, w0], [0.0, 1.0], [0.0, 0.0]
+    for j in range(2, s + 1):
+        T.append(2 * w0 * T[j - 1] - T[j - 2])
+        dT.append(2 * T[j - 1] + 2 * w0 * dT[j - 1] - dT[j - 2])
+        ddT.append(4 * dT[j - 1] + 2 * w0 * ddT[j - 1] - ddT[j - 2])
+    w1 = dT[s] / ddT[s]
+    b = [ddT[j] / dT[j] ** 2 for j in range(2, s + 1)]
+    b = [b[0], b[0], *b]
+    rows = []
+    for j in range(2, s + 1):
+        mu_tilde = 2 * b[j] * w1 / b[j - 1]
+        gamma_tilde = (b[j - 1] * T[j - 1] - 1) * mu_tilde
+        rows.append((2 * b[j] * w0 / b[j - 1], -b[j] / b[j - 2], mu_tilde, gamma_tilde))
+    c = [b[1] * w1] + [w1 * ddT[j] / dT[j] for j in range(2, s)]
+    return Coefficients(b[1] * w1, tuple(rows), tuple(c))
+
+
+class RKC2:
+    """The method with error control.
+
+    The option `spectral_radius` gives a bound on the spectral radius of ∂f/∂y, in units of 1/t: a number, or a function
+    of the time (a float) and the state as the solve holds it. It is asked at the start, then every 25 steps and after
+    each rejected step. Without it the method estimates the radius at these moments, by differences of the field.
+    """
+
+    name = "rkc2"
+    order = 2
+    error_order = 3
+    adaptive = True
+    interpolates = True
+    by_sample = False
+    options = frozenset({"spectral_radius"})
+
+    def __init__(self, spectral_radius: SpectralRadius | float | None = None):
+        given = spectral_radius
+        if not (given is None or callable(given) or (isinstance(given, int | float) and 0 <= given < math.inf)):
+            raise UsageError(
+                f"spectral_radius is {given!r}; give a number that is not negative, or a function of (t, y)."
+            )
+        self._given = given
+        self._radius = 0.0
+        self._vector: torch.Tensor | None = None
+        """The direction in which the last power iteration ended."""
+        self._planned_at = math.nan
+        self._age = _STEPS_BETWEEN_ESTIMATES
+
+    def fresh(self, options: dict[str, Any]) -> RKC2:
+        """The method for one solve: what it knows of the spectrum belongs to one path."""
+        return RKC2(options.get("spectral_radius"))
+
+    @torch.no_grad()
+    def plan(self, field: Evaluate, t: float, y: torch.Tensor, h: float, f0: torch.Tensor) -> tuple[float, int]:
+        """The number of stages that make h stable, or a smaller h if they would be too many."""
+        rejected = t == self._planned_at
+        if rejected or self._age >= _STEPS_BETWEEN_ESTIMATES:
+            self._radius, self._age = self._estimate(field, t, y.detach(), f0.detach(), rejected), 0
+        self._planned_at = t
+        self._age += 1
+        stages = 1 + math.floor(math.sqrt(1 + 1.54 * abs(h) * self._radius))
+        most = most_stages(y.dtype)
+        if stages <= most:
+            return h, stages
+        return math.copysign((most**2 - 1) / (1.54 * self._radius), h), most
+
+    def step(self, field: Evaluate, t: Any, h: Any, y: torch.Tensor, f0: torch.Tensor, plan: int,
+             complete: bool = True) -> Step:  # fmt: skip
+        """One step from (t, y) of size h in `plan` stages; if not `complete`, only y1 is wanted of it.
+
+        The recurrence runs over the stages' distances from y, not over the stages: small numbers round finely.
+        """
+        known = coefficients(plan)
+        times = moments(t, h, known.c, y)
+        last, now = torch.zeros_like(y), (known.first * h) * f0
+        for time, (mu, nu, mu_tilde, gamma_tilde) in zip(times, known.rows, strict=True):
+            slope = torch.add(gamma_tilde * f0, field(time, y + now), alpha=mu_tilde)
+            last, now = now, torch.add(mu * now, last, alpha=nu) + h * slope
+        y1 = y + now
+        f1 = field(moment(t + h, y), y1) if complete else None
+        return Step(t, h, y, f0, y1, f1, [], plan)
+
+    def error(self, step: Step, field: Evaluate) -> torch.Tensor:
+        """What is left of y1 when the Hermite quadrature of both slopes is taken off; O(h³), as in the paper."""
+        return 0.8 * (step.y0 - step.y1) + (0.4 * step.h) * (step.f0 + step.end_slope(field))
+
+    def interpolant(self, step: Step, field: Evaluate) -> Interpolant:
+        return hermite(step.y0, step.f0, step.y1, step.end_slope(field), step.h)
+
+    def stiffness(self, step: Step) -> None:
+        """None: stages at different times do not tell the Jacobian from the drift of f."""
+
+    def _estimate(self, field: Evaluate, t: float, y: torch.Tensor, f0: torch.Tensor, rejected: bool) -> float:
+        if self._given is None:
+            start = None if rejected or self._vector is None or self._vector.shape != y.shape else self._vector
+            radius, self._vector = power_iteration(lambda x: field(moment(t, x), x), y, f0, start)
+            radius *= _MARGIN
+        else:
+            radius = float(self._given(t, y)) if callable(self._given) else float(self._given)
+        # a state at which f is not finite fails by its step, which can say more
+        return max(radius, 0.0) if math.isfinite(radius) else 0.0
+
+
+def most_stages(dtype: torch.dtype) -> int:
+    """The most stages for a type: rounding errors grow with the square of their number, here to at most 1e-3."""
+    return max(2, min(_MOST_STAGES, int(math.sqrt(1e-3 / torch.finfo(dtype).eps))))
+
+
+def power_iteration(
+    field: Callable[[torch.Tensor], torch.Tensor], y: torch.Tensor, f0: torch.Tensor, start: torch.Tensor | None
+) -> tuple[float, torch.Tensor | None]:
+    """The spectral radius of ∂f/∂y at y, from below, by differences of f along the direction that grows the most.
+
+    Args:
+        field: dy/dt as a function of y alone; f0 is its value at y.
+        start: the direction of an earlier call. Without it the search starts along f0 and a chirp, which has a share in
+            every frequency: a smooth f0 alone would hide the fast modes of a diffusion. No random number is drawn.
+
+    Returns:
+        The radius, in units of 1/t, and the direction.
+    """
+    direction = start
+    if direction is None:
+        index = torch.arange(1, y.numel() + 1, dtype=torch.float64, device=y.device)
+        chirp = index.square().cos().to(y.dtype).view_as(y)
+        slope_size = to_host(torch.linalg.vector_norm(f0))
+        direction = chirp / torch.linalg.vector_norm(chirp) + (f0 / slope_size if slope_size > 0 else 0)
+    reach = torch.finfo(y.dtype).eps ** 0.5 * (torch.linalg.vector_norm(y) + 1e-3)
+    radius = 0.0
+    for iteration in range(_MOST_ITERATIONS):
+        direction = direction / torch.linalg.vector_norm(direction)
+        grown = (field(y + reach * direction) - f0) / reach
+        last, radius = radius, to_host(torch.linalg.vector_norm(grown))
+        if not 0 < radius < math.inf:
+            return radius, None
+        direction = grown
+        if iteration > 0 and abs(radius - last) <= _SETTLED * radius:
+            break
+    return radius, direction

@@ -1,0 +1,295 @@
+"""The loop of steps in tensors: each sample accepts and rejects on its own, and the host looks once a chunk of steps.
+
+The same loop serves a batch that shares its steps on a device where every look of the host costs a synchronisation: it
+then has one row, the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from neuralode.errors import UsageError
+from neuralode.ode.dense import RowDenseOutput, Rows
+from neuralode.ode.explicit import Evaluate, Method, Step
+from neuralode.ode.interpolants import Interpolant
+from neuralode.ode.packing import Packing
+from neuralode.ode.solution import Stats, Status
+from neuralode.ode.stepper import CountedField, Failure, Settings, step_estimates
+
+
+class RowStep(NamedTuple):
+    """A step of the frozen grid, row by row. Rows that rejected it or had ended take no step: their h is zero."""
+
+    t: torch.Tensor
+    h: torch.Tensor
+    lands: torch.Tensor
+    """Rows whose step ends at their last time, [R]."""
+    plan: None
+    outputs: range
+    """Indices of the pieces that dense output gave in this step."""
+    inner: tuple[torch.Tensor, ...]
+    """For each piece, the index of the output time that each row reads there, [R]; zero for none."""
+
+
+class RowClock:
+    """Output times of the rows, [R, T]; steps move with them as `Clock` says."""
+
+    def __init__(self, ts: torch.Tensor, rows: Rows):
+        self.ts, self.rows = ts, rows
+        self.grid = ts.expand(rows.count, -1)
+        self.values = self.grid.detach().double()
+        self.moves = ts.requires_grad and torch.is_grad_enabled()
+
+    def with_times(self, ts: torch.Tensor) -> RowClock:
+        return RowClock(ts, self.rows)
+
+    def place(self, step: RowStep) -> tuple[torch.Tensor, torch.Tensor]:
+        spread = self.rows.spread
+        if not self.moves:
+            return spread(step.t), spread(step.h)
+        t = self.grid[:, 0] + (step.t - self.values[:, 0]).to(self.grid)
+        return spread(t), spread(torch.where(step.lands, self.grid[:, -1] - t, step.h.to(t)))
+
+    def fraction(self, output: torch.Tensor, t: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """Where in the step the output times of that index, [R], lie; 0 for rows that take no step."""
+        wanted = (self.grid if self.moves else self.values).gather(1, output[:, None])[:, 0]
+        still = h == 0
+        return torch.where(still, 0.0, (self.rows.spread(wanted) - t) / torch.where(still, 1.0, h))
+
+    def reads_densely(self, step: RowStep) -> bool:
+        return bool(step.inner)
+
+    def read(self, method: Method, step: Step, record: RowStep, field: Evaluate) -> list[torch.Tensor]:
+        """The dense output at the output times of this step, one piece for each time that some row reads."""
+        if not record.inner:
+            return []
+        at = method.interpolant(step, field)
+        return [at(self.fraction(output, step.t, step.h)) for output in record.inner]
+
+
+class RowIntegration:
+    """One solve under way in tensors; the counterpart of `Integration`.
+
+    Args:
+        clock: output times, [R, T].
+        chunk: steps between two looks of the host; those that a row does not need any more do nothing.
+    """
+
+    def __init__(self, settings: Settings, field: CountedField, clock: RowClock, y: torch.Tensor, stats: Stats,
+                 step_size: float | None, chunk: int = 1):  # fmt: skip
+        self.settings, self.field, self.clock, self.stats, self.chunk = settings, field, clock, stats, chunk
+        rows = self.rows = clock.rows
+        times = clock.values
+        self.t, self.end, self.y, self.start = times[:, 0].clone(), times[:, -1], y, y
+        self.direction = torch.sign(self.end - self.t)
+        self.ended = torch.zeros(rows.count, dtype=torch.bool, device=y.device)
+        self.next = torch.ones(rows.count, dtype=torch.long, device=y.device)
+        self.f0: torch.Tensor | None = None
+        self.outputs: list[torch.Tensor] = []
+        """Pieces of dense output: each holds for every row the state at one of its output times, or nothing."""
+        self.accepted: list[RowStep] = []
+        self.dense: list[tuple[torch.Tensor, torch.Tensor, Interpolant]] = []
+        self.in_graph = 0
+        self.error_sum: torch.Tensor | None = None
+        self.stiffness_sum: torch.Tensor | None = None
+        ones = torch.ones_like(self.t)
+        self.last, self.before = ones, ones
+        self._growth, self._no_growth = ones * settings.controller.max_factor, ones
+        self._ceiling = self._growth
+        self.size = None if step_size is None else ones * abs(step_size)
+        stats.accepted = stats.rejected = 0
+        self.done = False
+        self._now = 1
+        self._grew = torch.ones((), dtype=self.t.dtype, device=y.device)
+
+    def run(self, pause: Callable[[], bool] = lambda: False, on_step: Callable[[Step], None] | None = None) -> None:
+        """Steps until every row has ended, or until `pause()` is true after a chunk."""
+        while not self.done:
+            if len(self.accepted) >= self.settings.max_steps:
+                self._fail(Status.MAX_STEPS)
+            for _ in range(self._now):
+                self._step(on_step)
+            self._look()
+            if pause():
+                return
+
+    def detach(self) -> None:
+        self.y = self.y.detach()
+        self.f0 = None if self.f0 is None else self.f0.detach()
+
+    def slope(self) -> torch.Tensor:
+        if self.f0 is None:
+            t = self.clock.grid[:, 0] if self.clock.moves else self.t
+            self.f0 = self.field(self.rows.spread(t), self.y)
+        return self.f0
+
+    def moment(self) -> torch.Tensor:
+        return self.rows.spread(self.t)
+
+    def _step(self, on_step: Callable[[Step], None] | None) -> None:
+        settings, rows, y, f0 = self.settings, self.rows, self.y, self.slope()
+        if self.size is None:
+            self.size = self._first(y, f0)
+        rest = (self.end - self.t).abs()
+        lands = self.size * (1 + 1e-9) >= rest  # true of the rows that have ended, whose rest is zero
+        size = torch.minimum(self.size, rest)
+        graphs = self.field.graphs
+        record = RowStep(self.t, self.direction * size, lands, None, range(0), ())
+        step = settings.method.step(self.field, *self.clock.place(record), y, f0, None)
+        accepted = ~self.ended
+        if settings.method.adaptive:
+            ratio, within = self._control(step, size)
+            accepted = accepted & within
+            if not rows.shared and torch.is_grad_enabled() and not math.isfinite(float(ratio.sum())):
+                # autograd would carry the overflow of a rejected row into the gradient of all: step again without it
+                record = record._replace(h=record.h * accepted)
+                step = settings.method.step(self.field, *self.clock.place(record), y, f0, None)
+        record = record._replace(h=record.h * accepted, lands=lands & accepted)
+        self._move(step, record, accepted, on_step)
+        self.in_graph += self.field.graphs - graphs
+
+    def _control(self, step: Step, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Error ratios of the rows, and which are within tolerance; sets the sizes that come next."""
+        settings, control = self.settings, self.settings.controller
+        with torch.no_grad():
+            scale = torch.maximum(step.y0.abs(), step.y1.abs()) * settings.tolerance.rtol + settings.tolerance.atol
+            ratio = self.rows.rms(settings.method.error(step, self.field) / scale)
+            accepted = ratio <= 1
+            bounded = ratio.nan_to_num(1e10).clamp(1e-10, 1e10)
+            factor = control.factor(bounded, self.last, self.before, settings.method.error_order)
+            factor = torch.minimum(factor.clamp(min=control.min_factor), self._ceiling)
+            if control.proportional or control.derivative:
+                self.before = torch.where(accepted, self.last, self.before)
+                self.last = torch.where(accepted, bounded, self.last)
+            else:
+                factor = torch.maximum(factor, accepted.to(factor.dtype))  # an accepted step does not shrink the next
+            self._ceiling = torch.where(accepted, self._growth, self._no_growth)
+            factor = torch.minimum(factor, self._ceiling)
+            self.size = size * factor
+            if self.chunk > 1:
+                self._grew = factor.max()
+            return ratio, accepted
+
+    def _move(self, step: Step, record: RowStep, accepted: torch.Tensor,
+              on_step: Callable[[Step], None] | None) -> None:  # fmt: skip
+        """Takes the rows that accepted to the end of the step."""
+        settings, keep = self.settings, self.rows.spread(accepted)
+        t = torch.where(record.lands, self.end, self.t + record.h)
+        inner = self._inner(t, accepted)
+        record = record._replace(outputs=range(len(self.outputs), len(self.outputs) + len(inner)), inner=inner)
+        if on_step is not None:
+            on_step(step)
+        if inner or settings.estimates or settings.keep_dense:
+            step.t, step.h = self.clock.place(record)
+            self.outputs += self.clock.read(settings.method, step, record, self.field)
+        if settings.estimates:
+            error, stiffness = step_estimates(settings.method, step, self.field)
+            self.error_sum = error if self.error_sum is None else self.error_sum + error
+            if stiffness is not None:
+                self.stiffness_sum = stiffness if self.stiffness_sum is None else self.stiffness_sum + stiffness
+        if settings.keep_dense:
+            self.dense.append((record.t, record.h, settings.method.interpolant(step, self.field)))
+        self.accepted.append(record)
+        self.t, self.ended = t, self.ended | record.lands
+        f0 = step.end_slope(self.field)
+        self.y, self.f0 = torch.where(keep, step.y1, step.y0), torch.where(keep, f0, step.f0)
+
+    def _count(self) -> None:
+        """Fills in the statistics from the grid."""
+        moved = torch.stack([record.h for record in self.accepted]) != 0
+        accepted = moved.sum(0)
+        # a row that has not ended tries a step each time; afterwards it does nothing
+        tries = torch.where(self.ended, len(moved) - moved.flip(0).int().argmax(0), len(moved))
+        rejected = tries - accepted
+        self.stats.accepted, self.stats.rejected = int(accepted.max()), int(rejected.max())
+        if not self.rows.shared:
+            self.stats.accepted_per_sample, self.stats.rejected_per_sample = accepted, rejected
+
+    def _inner(self, t: torch.Tensor, accepted: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Which output times before the last one the rows pass on their way to t."""
+        last = self.clock.values.shape[1] - 1
+        if last < 2:
+            return ()
+        pieces: list[torch.Tensor] = []
+        while True:
+            time = self.clock.values.gather(1, self.next.clamp(max=last)[:, None])[:, 0]
+            reached = accepted & (self.next < last) & ((time - t) * self.direction <= 0)
+            if not bool(reached.any()):
+                return tuple(pieces)
+            pieces.append(torch.where(reached, self.next, 0))
+            self.next = self.next + reached
+
+    def _look(self) -> None:
+        """The host's one look at the rows, once a chunk; sets how many steps the next chunk has."""
+        assert self.size is not None
+        rest = (self.end - self.t).abs()
+        stuck = ~self.ended & (self.t + self.direction * self.size == self.t)
+        done, any_stuck, ahead, growth = torch.stack(
+            [self.ended.all().double(), stuck.any().double(), (rest / self.size).nan_to_num(0.0).max(), self._grew]
+        ).tolist()
+        self.done = bool(done)
+        if self.done:
+            self._count()
+        elif any_stuck:
+            self._fail(Status.STEP_UNDERFLOW, stuck)
+        else:  # no more steps than the present growth lets expect, so that none is tried in vain
+            expected = math.log1p(ahead * (growth - 1)) / math.log(growth) if growth > 1.01 else ahead
+            self._now = max(1, min(self.chunk, int(expected)))
+
+    def _first(self, y: torch.Tensor, f0: torch.Tensor) -> torch.Tensor:
+        """First step sizes, [R], as `Tolerance.first_step` has them."""
+        settings, rows = self.settings, self.rows
+        if settings.first_step is not None:
+            return torch.full_like(self.t, abs(settings.first_step))
+        with torch.no_grad():
+            scale = y.abs() * settings.tolerance.rtol + settings.tolerance.atol
+            size, slope = rows.rms(y / scale), rows.rms(f0 / scale)
+            h0 = torch.where((size < 1e-5) | (slope < 1e-5), 1e-6, 0.01 * size / slope)
+            h = self.direction * h0
+            f1 = self.field(rows.spread(self.t + h), y + rows.spread(h) * f0)
+            steepest = torch.maximum(slope, rows.rms((f1 - f0) / scale) / h0)
+            flat = torch.clamp(h0 * 1e-3, min=1e-6)
+            h1 = torch.where(steepest <= 1e-15, flat, (0.01 / steepest) ** (1 / settings.method.order))
+            return torch.minimum(100 * h0, h1).nan_to_num(1e-6)
+
+    def _fail(self, status: Status, stuck: torch.Tensor | None = None) -> None:
+        if self.accepted:
+            self._count()
+        rows = ~self.ended if stuck is None else stuck
+        index = int(rows.nonzero()[0])
+        sizes = self.t if self.size is None else self.size
+        for suspect in (self.y, self.slope()):
+            if not torch.isfinite(suspect).all():
+                raise Failure(Status.NON_FINITE, float(self.t[index]), self.y, float(sizes[index]), suspect)
+        raise Failure(status, float(self.t[index]), self.y, float(sizes[index]), sample=index)
+
+    def dense_output(self, packing: Packing) -> RowDenseOutput:
+        return RowDenseOutput(self.dense, self.rows, packing)
+
+    def assemble(self, pieces: list[torch.Tensor], final: torch.Tensor) -> torch.Tensor:
+        """The states [T, *shape] from the pieces of dense output and the last state."""
+        y0, outputs = self.start, self.clock.values.shape[1]
+        if outputs == 2:
+            return torch.stack([y0, final])
+        if self.rows.shared:
+            return torch.stack([y0, *pieces, final])
+        where = torch.cat([index for record in self.accepted for index in record.inner])
+        samples = torch.arange(self.rows.count, device=where.device).repeat(len(where) // self.rows.count)
+        read = where > 0
+        inner = y0.new_zeros((outputs - 2) * self.rows.count, *y0.shape[1:])
+        place = (where[read] - 1) * self.rows.count + samples[read]
+        inner = inner.index_put((place,), torch.cat(pieces)[read])
+        return torch.cat([y0[None], inner.view(outputs - 2, *y0.shape), final[None]])
+
+
+def check_rows(y: torch.Tensor, ts: torch.Tensor) -> None:
+    """Raises UsageError if a state has no samples to give steps of their own."""
+    if y.dim() == 0 or (ts.dim() == 2 and len(ts) != len(y)):
+        raise UsageError(
+            f"the state has shape {tuple(y.shape)} and t has shape {tuple(ts.shape)}; with steps or times of its own "
+            "for each sample, dimension 0 of both are the samples: [B, ...] and [T] or [B, T]."
+        )
