@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,17 +15,29 @@ from neuralode.ode.packing import Packing
 from neuralode.ode.solution import State
 
 
+class DensePiece(NamedTuple):
+    """Dense output over one step."""
+
+    t: Any
+    """Start and signed size on the frozen grid: floats, or for each row, [R], a size of zero for one without a step."""
+    h: Any
+    start: Any
+    """The same as the step took them: with their gradient, and in a shape that broadcasts against the state."""
+    size: Any
+    at: Interpolant
+
+
 class DenseOutput:
     """Evaluates the interpolants of a solve's steps; differentiable, also in the time.
 
     Args:
-        steps: start, signed size and interpolant of each step, in order.
+        steps: the pieces of all steps, in order.
     """
 
-    def __init__(self, steps: Sequence[tuple[float, float, Interpolant]], packing: Packing):
+    def __init__(self, steps: Sequence[DensePiece], packing: Packing):
         self.steps, self.packing = steps, packing
-        self.direction = 1.0 if steps[0][1] > 0 else -1.0
-        self._ends = [(t + h) * self.direction for t, h, _ in steps]
+        self.direction = 1.0 if steps[0].h > 0 else -1.0
+        self._ends = [(piece.t + piece.h) * self.direction for piece in steps]
 
     def __call__(self, t: Any) -> State:
         """The state at t.
@@ -45,13 +57,12 @@ class DenseOutput:
 
     def _at(self, t: Any) -> torch.Tensor:
         value = host_values(t) if isinstance(t, torch.Tensor) else float(t)
-        first, (last, size, _) = self.steps[0][0], self.steps[-1]
-        slack = 1e-9 * abs(last + size - first)
-        if not -slack <= (value - first) * self.direction <= abs(last + size - first) + slack:
-            raise UsageError(f"t = {value:g} lies outside the solve, which went from {first:g} to {last + size:g}.")
-        index = min(bisect.bisect_left(self._ends, value * self.direction), len(self.steps) - 1)
-        start, size, at = self.steps[index]
-        return at((t - start) / size)
+        first, end = self.steps[0].t, self.steps[-1].t + self.steps[-1].h
+        slack = 1e-6 * abs(end - first)
+        if not -slack <= (value - first) * self.direction <= abs(end - first) + slack:
+            raise UsageError(f"t = {value:g} lies outside the solve, which went from {first:g} to {end:g}.")
+        piece = self.steps[min(bisect.bisect_left(self._ends, value * self.direction), len(self.steps) - 1)]
+        return piece.at((t - piece.start) / piece.size)
 
 
 class Rows:
@@ -77,11 +88,10 @@ class RowDenseOutput:
     """`DenseOutput` where every row has steps of its own.
 
     Args:
-        steps: for each step the starts and signed sizes of the rows, [R], zero for those that took none, and the
-            interpolant.
+        steps: the pieces of all steps, in order.
     """
 
-    def __init__(self, steps: Sequence[tuple[torch.Tensor, torch.Tensor, Interpolant]], rows: Rows, packing: Packing):
+    def __init__(self, steps: Sequence[DensePiece], rows: Rows, packing: Packing):
         self.steps, self.rows, self.packing = steps, rows, packing
 
     def __call__(self, t: Any) -> State:
@@ -96,16 +106,17 @@ class RowDenseOutput:
         Raises:
             UsageError: for a time that lies outside a row's solve.
         """
-        times = torch.as_tensor(t, device=self.steps[0][0].device).expand(self.rows.count)
+        times = torch.as_tensor(t, device=self.steps[0].t.device).expand(self.rows.count)
         found = torch.zeros(self.rows.count, dtype=torch.bool, device=times.device)
         state: torch.Tensor | None = None
-        for start, size, at in self.steps:
-            inside = (size != 0) & ~found
-            fraction = torch.where(inside, (times - start) / torch.where(size != 0, size, 1.0), 0.0)
-            inside = inside & (fraction >= -1e-9) & (fraction <= 1 + 1e-9)
-            value = at(self.rows.spread(torch.where(inside, fraction, 0.0)))
-            state = value if state is None else torch.where(self.rows.spread(inside), value, state)
-            found = found | inside
+        for piece in self.steps:
+            inside = (piece.h != 0) & ~found
+            fraction = torch.where(inside, (times.detach() - piece.t) / torch.where(inside, piece.h, 1.0), 0.0)
+            inside = self.rows.spread(inside & (fraction >= -1e-6) & (fraction <= 1 + 1e-6))
+            placed = (self.rows.spread(times) - piece.start) / torch.where(inside, piece.size, 1.0)
+            value = piece.at(torch.where(inside, placed, 0.0))
+            state = value if state is None else torch.where(inside, value, state)
+            found = found | inside.reshape(found.shape)
         if state is None or not bool(found.all()):
             row = int((~found).nonzero()[0])
             raise UsageError(f"t = {float(times[row]):g} lies outside the solve of sample {row}.")

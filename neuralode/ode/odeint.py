@@ -101,7 +101,7 @@ def odeint_dense(func: Any, y0: Any, t0: Any, t1: Any, *, rtol: float = 1e-7, at
             f"odeint_dense cannot serve method={method!r} with options={options}; it takes {', '.join(METHODS)} over "
             "two different times."
         )
-    _, dense = run(func, y0, t, (), config, Stats("stepper", config.method, "exact"), keep_dense=True, strict=False)
+    dense = run(func, y0, t, (), config, Stats("stepper", config.method, "exact"), keep_dense=True, strict=False).dense
     assert dense is not None
     return dense
 
@@ -109,7 +109,7 @@ def odeint_dense(func: Any, y0: Any, t0: Any, t1: Any, *, rtol: float = 1e-7, at
 def _states(func: Any, y0: Any, t: torch.Tensor, config: SolverConfig) -> Any:
     """As torchdiffeq, which returns what it has where a fixed-step method runs away."""
     stats = Stats("stepper", config.method, config.gradient)
-    return run(func, y0, t.to(_like(y0).device), (), config, stats, strict=False)[0]
+    return run(func, y0, t.to(_like(y0).device), (), config, stats, strict=False).ys
 
 
 def _served(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None, options: dict[str, Any] | None,

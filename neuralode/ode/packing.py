@@ -62,6 +62,12 @@ class Packing:
             raise UsageError(f"the field returned {_shapes(given)} for a state of {_shapes(self.shapes)}; {_RULE}")
 
 
+def has_samples(y0: State) -> bool:
+    """Whether all parts of a state have the same number of entries along dimension 0, the samples."""
+    parts = y0 if isinstance(y0, tuple) else (y0,)
+    return all(part.dim() > 0 and len(part) == len(parts[0]) for part in parts)
+
+
 _RULE = "dy/dt has to have the shape of y."
 
 

@@ -10,11 +10,9 @@ import torch
 from neuralode.errors import UsageError
 from neuralode.ode.clock import Accepted
 from neuralode.ode.explicit import Evaluate, Step, moment
-from neuralode.ode.rows import RowIntegration, RowStep
+from neuralode.ode.rows import Loop, RowStep
 from neuralode.ode.solution import Stats
-from neuralode.ode.stepper import Integration, step_estimates
-
-Loop = Integration | RowIntegration
+from neuralode.ode.stepper import step_estimates
 
 
 class Checkpoints:

@@ -13,12 +13,11 @@ from typing import NamedTuple
 import torch
 
 from neuralode.errors import UsageError
-from neuralode.ode.dense import RowDenseOutput, Rows
+from neuralode.ode.dense import DensePiece, RowDenseOutput, Rows
 from neuralode.ode.explicit import Evaluate, Method, Step
-from neuralode.ode.interpolants import Interpolant
 from neuralode.ode.packing import Packing
 from neuralode.ode.solution import Stats, Status
-from neuralode.ode.stepper import CountedField, Failure, Settings, step_estimates
+from neuralode.ode.stepper import CountedField, Failure, Integration, Settings, step_estimates
 
 
 class RowStep(NamedTuple):
@@ -92,7 +91,7 @@ class RowIntegration:
         self.outputs: list[torch.Tensor] = []
         """Pieces of dense output: each holds for every row the state at one of its output times, or nothing."""
         self.accepted: list[RowStep] = []
-        self.dense: list[tuple[torch.Tensor, torch.Tensor, Interpolant]] = []
+        self.dense: list[DensePiece] = []
         self.in_graph = 0
         self.error_sum: torch.Tensor | None = None
         self.stiffness_sum: torch.Tensor | None = None
@@ -192,7 +191,8 @@ class RowIntegration:
             if stiffness is not None:
                 self.stiffness_sum = stiffness if self.stiffness_sum is None else self.stiffness_sum + stiffness
         if settings.keep_dense:
-            self.dense.append((record.t, record.h, settings.method.interpolant(step, self.field)))
+            at = settings.method.interpolant(step, self.field)
+            self.dense.append(DensePiece(record.t, record.h, step.t, step.h, at))
         self.accepted.append(record)
         self.t, self.ended = t, self.ended | record.lands
         f0 = step.end_slope(self.field)
@@ -267,6 +267,11 @@ class RowIntegration:
                 raise Failure(Status.NON_FINITE, float(self.t[index]), self.y, float(sizes[index]), suspect)
         raise Failure(status, float(self.t[index]), self.y, float(sizes[index]), sample=index)
 
+    def finish(self, samples: torch.Tensor) -> None:
+        """Takes no further steps for these samples, [B]."""
+        if not self.rows.shared:
+            self.ended = self.ended | samples
+
     def dense_output(self, packing: Packing) -> RowDenseOutput:
         return RowDenseOutput(self.dense, self.rows, packing)
 
@@ -293,3 +298,6 @@ def check_rows(y: torch.Tensor, ts: torch.Tensor) -> None:
             f"the state has shape {tuple(y.shape)} and t has shape {tuple(ts.shape)}; with steps or times of its own "
             "for each sample, dimension 0 of both are the samples: [B, ...] and [T] or [B, T]."
         )
+
+
+Loop = Integration | RowIntegration

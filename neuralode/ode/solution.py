@@ -56,6 +56,20 @@ class Stats:
 
 
 @dataclass(frozen=True)
+class Events:
+    """When and where the solve of each sample ended; [B], or [] for an event of the whole state."""
+
+    ts: torch.Tensor
+    """Time of the event, [B]; the last time of the solve where none happened. Differentiable once."""
+    ys: State
+    """State at that time, [B, ...]."""
+    happened: torch.Tensor
+    """Whether there was an event, [B]."""
+    index: torch.Tensor
+    """Which of the events it was, [B]; -1 for none."""
+
+
+@dataclass(frozen=True)
 class Solution:
     """The result of `solve`."""
 
@@ -67,6 +81,8 @@ class Solution:
     status: Status
     dense: Callable[[Any], State] | None = None
     """The solution as a function of time, if it was asked for; see `DenseOutput`."""
+    events: Events | None = None
+    """The events, if any were asked for; after its event a sample's states are that of the event."""
 
     @property
     def final(self) -> State:

@@ -14,9 +14,10 @@ from neuralode.errors import UsageError
 from neuralode.ode import stepper_engine, torchdiffeq_engine
 from neuralode.ode.clock import host_values
 from neuralode.ode.controllers import Controller
+from neuralode.ode.events import Event
 from neuralode.ode.methods import in_torchdiffeq
 from neuralode.ode.observed_field import Field, tensors
-from neuralode.ode.solution import Solution, SolveError, State, Stats, Status
+from neuralode.ode.solution import Events, Solution, SolveError, State, Stats, Status
 from neuralode.ode.solver_config import DEFAULT_MAX_STEPS, DEFAULT_MEMORY_BUDGET, SolverConfig
 
 
@@ -39,7 +40,7 @@ def solve(
     per_sample: bool = False,
     dense: bool = False,
     estimates: bool = False,
-    events: Any = None,
+    events: Event | Sequence[Event] | None = None,
     max_steps: int = DEFAULT_MAX_STEPS,
     throw: bool = True,
 ) -> Solution:
@@ -59,6 +60,9 @@ def solve(
         per_sample: each sample takes steps of its own; the field then receives t as [B, 1, ..., 1], which broadcasts
             against the state, and must not mix samples.
         dense: also return the solution as a function of time, `Solution.dense`.
+        events: `g(t, y, *args)`, or several: the solve of a sample ends where one of them crosses zero. It returns
+            one number a sample, [B], and receives t in a shape that broadcasts against the state; or a scalar, for
+            an event of the state as a whole. `Solution.events` has the times and states, differentiable once.
         throw: raise SolveError on failure; otherwise return a Solution whose status says what happened and whose
             states are NaN.
 
@@ -69,14 +73,12 @@ def solve(
         UsageError: for an argument that cannot be used.
         SolveError: when the solve fails and `throw` is true.
     """
-    if events is not None:
-        raise UsageError("solve(events=...) is not built yet; leave it out.")
     config = SolverConfig(
         method=method, rtol=rtol, atol=atol, step_size=step_size, gradient=gradient, engine=engine,
         controller=controller, checkpoint=checkpoint, memory_budget=memory_budget, per_sample=per_sample,
         estimates=estimates, max_steps=max_steps, options=options or {},
     )  # fmt: skip
-    return solve_configured(field, y0, t, config, args=args, throw=throw, dense=dense)
+    return solve_configured(field, y0, t, config, args=args, throw=throw, dense=dense, events=events)
 
 
 def solve_configured(
@@ -88,18 +90,20 @@ def solve_configured(
     args: Sequence[Any] = (),
     throw: bool = True,
     dense: bool = False,
+    events: Event | Sequence[Event] | None = None,
 ) -> Solution:
     """`solve` for a caller that holds a SolverConfig; same states, statistics and errors."""
     first = tensors(y0)[0]
     ts = _times(t, first)
-    engine, reason = choose_engine(config, dense, config.per_sample or ts.dim() == 2, ts.shape[-1])
+    engine, reason = choose_engine(config, dense, config.per_sample or ts.dim() == 2, ts.shape[-1], events is not None)
     stats = Stats(engine, config.method, config.gradient, reason)
     status = Status.SUCCESS
     at: Callable[[Any], State] | None = None
+    found: Events | None = None
     start = time.perf_counter()
     try:
         if engine == "stepper":
-            ys, at = stepper_engine.run(field, y0, ts, tuple(args), config, stats, keep_dense=dense)
+            ys, at, found = stepper_engine.run(field, y0, ts, tuple(args), config, stats, dense, events)
         else:
             ys = torchdiffeq_engine.run(field, y0, ts, tuple(args), config, stats)
     except SolveError as error:
@@ -109,23 +113,23 @@ def solve_configured(
         lost = [part.new_full((len(ts), *part.shape), float("nan")) for part in tensors(y0)]
         ys = tuple(lost) if isinstance(y0, tuple) else lost[0]
     stats.seconds = time.perf_counter() - start
-    return Solution(ts, ys, stats, status, at)
+    return Solution(ts, ys, stats, status, at, found)
 
 
 def choose_engine(
-    config: SolverConfig, dense: bool = False, by_sample: bool = False, outputs: int = 2
+    config: SolverConfig, dense: bool = False, by_sample: bool = False, outputs: int = 2, events: bool = False
 ) -> tuple[str, str]:
     """The engine that serves a solve, and why.
 
     Raises:
         UsageError: if the engine that was asked for cannot serve it.
     """
-    obstacle = stepper_engine.unable(config, by_sample, outputs)
+    obstacle = stepper_engine.unable(config, by_sample, outputs, events)
     if config.engine == "stepper" and obstacle:
         raise UsageError(f"engine='stepper' cannot serve this solve: {obstacle}; give engine='auto'.")
     if config.engine == "torchdiffeq" or obstacle:
         wanted = {
-            "dense output": dense, "estimates": config.estimates, "steps for each sample": by_sample,
+            "dense output": dense, "events": events, "estimates": config.estimates, "steps for each sample": by_sample,
             "choice of controller": config.controller != "I",
         }  # fmt: skip
         ours = [name for name, asked in wanted.items() if asked]

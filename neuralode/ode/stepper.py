@@ -11,9 +11,8 @@ import torch
 
 from neuralode.ode.clock import Accepted, Clock
 from neuralode.ode.controllers import Controller, StepSize
-from neuralode.ode.dense import DenseOutput
+from neuralode.ode.dense import DenseOutput, DensePiece
 from neuralode.ode.explicit import Method, Step, moment, row_norm
-from neuralode.ode.interpolants import Interpolant
 from neuralode.ode.packing import Packing
 from neuralode.ode.solution import Stats, Status
 from neuralode.ode.tolerance import Tolerance
@@ -79,7 +78,7 @@ class Integration:
         """Index of the output time that comes next."""
         self.outputs = [y]
         self.accepted: list[Accepted] = []
-        self.dense: list[tuple[float, float, Interpolant]] = []
+        self.dense: list[DensePiece] = []
         self.size: StepSize | None = None
         self._slope_unused = True
         self._tried_at_output = 0
@@ -119,6 +118,9 @@ class Integration:
     def moment(self) -> torch.Tensor:
         """The present time, as the field receives it."""
         return moment(self.t, self.y)
+
+    def finish(self, samples: torch.Tensor) -> None:
+        """Says that these samples, [B], need no further steps: they share theirs, so nothing changes."""
 
     def dense_output(self, packing: Packing) -> DenseOutput:
         return DenseOutput(self.dense, packing)
@@ -205,7 +207,8 @@ class Integration:
             if stiffness is not None:
                 self.stiffness_sum = stiffness if self.stiffness_sum is None else self.stiffness_sum + stiffness
         if settings.keep_dense:
-            self.dense.append((record.t, record.h, settings.method.interpolant(step, self.field)))
+            at = settings.method.interpolant(step, self.field)
+            self.dense.append(DensePiece(record.t, record.h, step.t, step.h, at))
         if self.clock.reads_densely(record):
             self.in_graph += self.field.graphs - graphs + _graphs(step.f1)
             self._slope_unused = False

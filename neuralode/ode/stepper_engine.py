@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,12 +13,14 @@ from neuralode.errors import UsageError
 from neuralode.ode.adjoint import AdjointSettings, solve_with_adjoint
 from neuralode.ode.clock import Clock, host_values
 from neuralode.ode.diagnosis import diagnosis, jacobian_norm
+from neuralode.ode.events import Event, EventWatch
+from neuralode.ode.memory import MemoryBudget
 from neuralode.ode.methods import METHODS
-from neuralode.ode.packing import Packing
+from neuralode.ode.packing import Packing, has_samples
 from neuralode.ode.parameters import HeldField
-from neuralode.ode.recompute import Loop, solve_recomputing
-from neuralode.ode.rows import RowClock, RowIntegration, Rows, check_rows
-from neuralode.ode.solution import SolveError, State, Stats, Status
+from neuralode.ode.recompute import solve_recomputing
+from neuralode.ode.rows import Loop, RowClock, RowIntegration, Rows, check_rows
+from neuralode.ode.solution import Events, SolveError, State, Stats, Status
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import CountedField, Failure, Integration, Settings
 from neuralode.ode.tolerance import Tolerance, largest_rms, rms
@@ -39,16 +40,21 @@ _OPTIONS = {
 }
 
 
-def unable(config: SolverConfig, by_sample: bool = False, outputs: int = 2) -> str:
+def unable(config: SolverConfig, by_sample: bool = False, outputs: int = 2, events: bool = False) -> str:
     """Why the stepper cannot serve this solve; empty if it can.
 
     Args:
         by_sample: whether each sample takes steps of its own.
         outputs: number of output times.
+        events: whether the solve ends at events.
     """
     if config.method not in METHODS:
         return f"the stepper has no method {config.method!r}"
     foreign = set(config.options) - _OPTIONS - METHODS[config.method].options
+    if events and config.gradient == "adjoint":
+        return "the adjoint does not pass through events; use gradient='exact'"
+    if events and config.checkpoint not in ("auto", "never"):
+        return "a solve with events keeps its graphs; leave checkpoint at 'auto'"
     if foreign:
         return f"the stepper does not know the option {sorted(foreign)[0]!r}"
     if config.gradient == "adjoint" and "grid_constructor" in config.options:
@@ -69,30 +75,46 @@ def _unable_by_sample(config: SolverConfig, outputs: int) -> str:
     return ""
 
 
+class Outcome(NamedTuple):
+    """What a solve gave."""
+
+    ys: State
+    """The states [T, *shape]."""
+    dense: Callable[[Any], State] | None
+    events: Events | None
+
+
 def run(
     field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config: SolverConfig, stats: Stats,
-    keep_dense: bool = False,
-    strict: bool = True,
-) -> tuple[State, Callable[[Any], State] | None]:  # fmt: skip
-    """Solves from ts[0] through all of ts, [T] or [B, T]; the states [T, *shape], and, if asked for, dense output.
+    keep_dense: bool = False, events: Event | Sequence[Event] | None = None, strict: bool = True,
+) -> Outcome:  # fmt: skip
+    """Solves from ts[0] through all of ts, [T] or [B, T], or to the events.
 
-    Raises SolveError with a diagnosis where the solve cannot go on or the result is not finite.
+    Raises SolveError with a diagnosis where the solve cannot go on or, if `strict`, the result is not finite.
     """
     by_sample = config.per_sample or ts.dim() == 2
-    packing = Packing(y0, rows=by_sample)
+    packing = Packing(y0, rows=by_sample or (events is not None and has_samples(y0)))
     y = packing.pack(y0)
     counted = CountedField(packing.field(field), args, lambda dy, _: packing.check(dy))
-    integration = _begin(field, y0, y, ts, config, counted, packing, stats, by_sample, keep_dense)
+    loop = _begin(field, y0, y, ts, config, counted, packing, stats, by_sample, keep_dense or events is not None)
+    watch = None if events is None else EventWatch(events, args, loop, packing)
     try:
-        ys = _integrate(integration, HeldField(field, args), packing, config, stats)
+        if watch is None:
+            ys = _integrate(loop, HeldField(field, args), packing, config, stats)
+        else:
+            loop.run(pause=watch.look)
+            ys = watch.fill(ts)
         if strict and not in_transform() and not torch.isfinite(ys[-1]).all():
             raise Failure(Status.NON_FINITE, host_values(ts)[-1] if ts.dim() == 1 else math.nan, ys[-1].detach(), 0.0)
     except Failure as failure:
-        raise _explained(failure, integration, packing, stats) from None
+        raise _explained(failure, loop, packing, stats) from None
     finally:
         stats.nfe = counted.nfe
-    dense = integration.dense_output(packing) if keep_dense else None
-    return packing.unpack(_counting_products(ys, integration, stats)), dense
+    return Outcome(
+        packing.unpack(_counting_products(ys, loop, stats)),
+        loop.dense_output(packing) if keep_dense else None,
+        None if watch is None else watch.found,
+    )
 
 
 def _begin(field: Field, y0: State, y: torch.Tensor, ts: torch.Tensor, config: SolverConfig, counted: CountedField,
@@ -242,43 +264,3 @@ def _explained(failure: Failure, integration: Loop, packing: Packing, stats: Sta
 def in_transform() -> bool:
     """Whether the solve runs inside a transform of torch.func."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-_BYTES: weakref.WeakKeyDictionary[Any, dict[Any, int]] = weakref.WeakKeyDictionary()
-"""Bytes that one evaluation's graph holds, by field, and by the shape and type of the state."""
-
-
-class MemoryBudget:
-    """Ends the keeping of graphs when they have taken their share of memory.
-
-    What one evaluation keeps is measured once for each field and shape of state, at the solve's first evaluation.
-    """
-
-    def __init__(self, budget: int, field: Field, integration: Loop):
-        self.integration, self.budget = integration, budget
-        y = integration.y
-        key = (y.shape, y.dtype, y.device)
-        try:
-            known = _BYTES.setdefault(field, {})
-        except TypeError:  # not every callable can be referred to weakly
-            known = {}
-        if key not in known:
-            known[key] = _bytes_kept_by(integration.slope)
-        self.each = known[key] + 2 * y.numel() * y.element_size()
-
-    def exhausted(self) -> bool:
-        return self.integration.in_graph * self.each > self.budget
-
-
-def _bytes_kept_by(evaluation: Callable[[], torch.Tensor]) -> int:
-    """Bytes that the graph of an evaluation keeps alive, parameters and inputs not counted."""
-    sizes: dict[int, int] = {}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        if not x.is_leaf:
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        evaluation()
-    return sum(sizes.values())

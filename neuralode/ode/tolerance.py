@@ -19,7 +19,7 @@ def largest_rms(sizes: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
     """The largest of the root mean squares of the parts of a packed state; `sizes` are their numbers of entries."""
 
     def norm(x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([rms(part) for part in x.split(list(sizes)) if part.numel()]).max()
+        return torch.stack([rms(part) for part in x.split(list(sizes), dim=-1) if part.numel()]).max()
 
     return norm
 

@@ -1,0 +1,132 @@
+"""Terminal events: where a function of the solution crosses zero, for each sample on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from neuralode.errors import UsageError
+from neuralode.ode.dense import DensePiece
+from neuralode.ode.packing import Packing
+from neuralode.ode.rows import Loop
+from neuralode.ode.solution import Events
+from neuralode.ode.stepper import Integration
+
+Event = Callable[..., torch.Tensor]
+"""`g(t, y, *args)`: one number a sample, [B], or one number, [], for the state as a whole."""
+_BISECTIONS = 60
+
+
+class EventWatch:
+    """Looks at the steps of a solve as they come in and notes in which of them each sample meets an event."""
+
+    def __init__(self, events: Event | Sequence[Event], args: tuple[Any, ...], loop: Loop, packing: Packing):
+        self.events = list(events) if isinstance(events, Sequence) else [events]
+        self.args, self.loop, self.packing, self.seen = args, loop, packing, 0
+        y = loop.y
+        with torch.no_grad():
+            first = self.events[0](loop.moment(), packing.unpack(y), *args)
+        self.whole = first.dim() == 0
+        self.count = 1 if self.whole else len(y) if y.dim() else 1
+        self.shape = () if self.whole else (self.count, *[1] * (y.dim() - 1))
+        with torch.no_grad():
+            self.signs = [g.sign() for g in self._values(loop.moment(), y)]
+        self.step = torch.full_like(self.signs[0], -1, dtype=torch.long)
+        self.index = self.step.clone()
+        self.found: Events | None = None
+
+    @property
+    def happened(self) -> torch.Tensor:
+        return self.step >= 0
+
+    @torch.no_grad()
+    def look(self) -> bool:
+        """Takes in the steps since the last look; true if every sample has met an event."""
+        for number in range(self.seen, len(self.loop.dense)):
+            piece = self.loop.dense[number]
+            moved = torch.as_tensor(piece.h, device=self.step.device).expand(self.step.shape) != 0
+            for which, value in enumerate(self._values(*self._at(piece, 1.0))):
+                sign, before = value.sign(), self.signs[which]
+                crossing = (sign != before) & (before != 0) & moved & ~self.happened
+                self.step = torch.where(crossing, number, self.step)
+                self.index = torch.where(crossing, which, self.index)
+                self.signs[which] = torch.where((sign != 0) & moved, sign, before)
+        self.seen = len(self.loop.dense)
+        self.loop.finish(self.happened)
+        return bool(self.happened.all())
+
+    def fill(self, ts: torch.Tensor) -> torch.Tensor:
+        """The states [T, *shape] at the output times, [T] or [B, T]; from its event on each sample stays as it was.
+
+        Sets `found`.
+        """
+        loop, outputs = self.loop, ts.shape[-1]
+        times, states = self._results(ts)
+        self.found = Events(times, self.packing.unpack(states), self.happened, self.index)
+        pieces = list(loop.outputs)
+        if isinstance(loop, Integration):
+            pieces += [loop.y] * (outputs - len(pieces))  # never reached, so taken from the events below
+        ys = loop.assemble(pieces, loop.y)
+        late = (ts.reshape(-1, outputs).T.detach() - times.detach()) * torch.sign(ts[..., -1] - ts[..., 0]).detach() > 0
+        late = (late.expand(outputs, self.count) & self.happened).reshape(outputs, *self.shape)
+        late = late if not self.whole else late.reshape(outputs, *[1] * loop.y.dim())
+        return torch.where(late, states, ys)
+
+    def _results(self, ts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Event times [B] and packed states [B, ...]; those of the solve's end where nothing happened."""
+        final = self.loop.y
+        times = ts[..., -1].to(final.dtype.to_real()).expand(self.step.shape)
+        states = final
+        for number in sorted(set(self.step.flatten().tolist()) - {-1}):
+            here = self.step == number
+            time, state = self._locate(self.loop.dense[number], here)
+            times = torch.where(here, time, times)
+            states = torch.where(here.reshape(self.shape), state, states)
+        return times, states
+
+    def _locate(self, piece: DensePiece, here: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first event in a step: found by bisection, then one Newton step that carries the gradient."""
+        events = self.index.clamp(min=0)
+        with torch.no_grad():
+            low = torch.zeros_like(self.signs[0], dtype=torch.float64)
+            high = torch.ones_like(low)
+            start = self._chosen(piece, low, events).sign()
+            for _ in range(_BISECTIONS):
+                middle = (low + high) / 2
+                same = self._chosen(piece, middle, events).sign() == start
+                low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+        with torch.enable_grad():
+            fraction = high.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self._chosen(piece, fraction, events).sum(), fraction)
+        value = self._chosen(piece, high, events)
+        slope = torch.where(here & (slope != 0), slope, 1.0)
+        # the implicit-function theorem: dθ/dp = -(∂g/∂p)/(∂g/∂θ); rows of other steps stay where they are
+        fraction = high - torch.where(here, value / slope, 0.0)
+        time, state = self._at(piece, fraction)
+        return time.reshape(self.step.shape), state
+
+    def _at(self, piece: DensePiece, fraction: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Time and state at a fraction of a step; the time broadcasts against the state."""
+        y = self.loop.y
+        if isinstance(fraction, torch.Tensor):
+            fraction = fraction.to(y.dtype.to_real()).reshape(self.shape)
+        time = torch.as_tensor(piece.start + fraction * piece.size, dtype=y.dtype.to_real(), device=y.device)
+        return time.expand(self.shape), piece.at(fraction)
+
+    def _chosen(self, piece: DensePiece, fraction: torch.Tensor, events: torch.Tensor) -> torch.Tensor:
+        """For each sample the value of the event that it meets."""
+        return torch.stack(self._values(*self._at(piece, fraction))).gather(0, events[None])[0]
+
+    def _values(self, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        state = self.packing.unpack(y)
+        values = [event(t.expand(self.shape), state, *self.args) for event in self.events]
+        for value in values:
+            if not isinstance(value, torch.Tensor) or value.numel() != self.count:
+                given = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)
+                raise UsageError(
+                    f"an event returned {given}; it has to return one number a sample, ({self.count},), or, as the "
+                    "first one does, a scalar tensor for the whole state."
+                )
+        return [value.reshape(() if self.whole else (self.count,)) for value in values]

@@ -1,0 +1,50 @@
+"""How much memory the kept graphs of a solve may take."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from neuralode.ode.rows import Loop
+
+_BYTES: weakref.WeakKeyDictionary[Any, dict[Any, int]] = weakref.WeakKeyDictionary()
+"""Bytes that one evaluation's graph holds, by field, and by the shape and type of the state."""
+
+
+class MemoryBudget:
+    """Ends the keeping of graphs when they have taken their share of memory.
+
+    What one evaluation keeps is measured once for each field and shape of state, at the solve's first evaluation.
+    """
+
+    def __init__(self, budget: int, field: Callable[..., Any], integration: Loop):
+        self.integration, self.budget = integration, budget
+        y = integration.y
+        key = (y.shape, y.dtype, y.device)
+        try:
+            known = _BYTES.setdefault(field, {})
+        except TypeError:  # not every callable can be referred to weakly
+            known = {}
+        if key not in known:
+            known[key] = _bytes_kept_by(integration.slope)
+        self.each = known[key] + 2 * y.numel() * y.element_size()
+
+    def exhausted(self) -> bool:
+        return self.integration.in_graph * self.each > self.budget
+
+
+def _bytes_kept_by(evaluation: Callable[[], torch.Tensor]) -> int:
+    """Bytes that the graph of an evaluation keeps alive, parameters and inputs not counted."""
+    sizes: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if not x.is_leaf:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        evaluation()
+    return sum(sizes.values())
