@@ -15,6 +15,7 @@ import torchdiffeq
 
 from neuralode.errors import UsageError
 from neuralode.ode.clock import host_values
+from neuralode.ode.eager import eager
 from neuralode.ode.methods import METHODS, check_method, takes_fixed_steps
 from neuralode.ode.solution import Stats
 from neuralode.ode.solver_config import SolverConfig
@@ -106,6 +107,7 @@ def odeint_dense(func: Any, y0: Any, t0: Any, t1: Any, *, rtol: float = 1e-7, at
     return dense
 
 
+@eager
 def _states(func: Any, y0: Any, t: torch.Tensor, config: SolverConfig) -> Any:
     """As torchdiffeq, which returns what it has where a fixed-step method runs away."""
     stats = Stats("stepper", config.method, config.gradient)

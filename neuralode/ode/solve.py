@@ -14,6 +14,7 @@ from neuralode.errors import UsageError
 from neuralode.ode import stepper_engine, torchdiffeq_engine
 from neuralode.ode.clock import host_values
 from neuralode.ode.controllers import Controller
+from neuralode.ode.eager import eager
 from neuralode.ode.events import Event
 from neuralode.ode.methods import in_torchdiffeq
 from neuralode.ode.observed_field import Field, tensors
@@ -81,6 +82,7 @@ def solve(
     return solve_configured(field, y0, t, config, args=args, throw=throw, dense=dense, events=events)
 
 
+@eager
 def solve_configured(
     field: Field,
     y0: State,

@@ -15,7 +15,7 @@ from neuralode.ode.dense import DenseOutput, DensePiece
 from neuralode.ode.explicit import Method, Step, moment, row_norm
 from neuralode.ode.packing import Packing
 from neuralode.ode.solution import Stats, Status
-from neuralode.ode.tolerance import Tolerance
+from neuralode.ode.tolerance import Tolerance, all_finite
 
 
 class Failure(Exception):
@@ -226,10 +226,10 @@ class Integration:
             abs(self.t), abs(self.clock.values[-1] - self.clock.values[0])
         )
         for suspect in (step.y0, step.f0):
-            if not torch.isfinite(suspect).all():
+            if not all_finite(suspect):
                 raise Failure(Status.NON_FINITE, self.t, step.y0, h, suspect)
         if abs(h) <= resolution:
-            broken = [x for x in (*step.stages, step.y1) if not torch.isfinite(x).all()]
+            broken = [x for x in (*step.stages, step.y1) if not all_finite(x)]
             raise Failure(Status.NON_FINITE, self.t, step.y0, h, broken[0] if broken else step.y1)
 
 

@@ -23,7 +23,7 @@ from neuralode.ode.rows import Loop, RowClock, RowIntegration, Rows, check_rows
 from neuralode.ode.solution import Events, SolveError, State, Stats, Status
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import CountedField, Failure, Integration, Settings
-from neuralode.ode.tolerance import Tolerance, largest_rms, rms
+from neuralode.ode.tolerance import Tolerance, all_finite, largest_rms, rms
 
 Field = Callable[..., Any]
 
@@ -104,7 +104,7 @@ def run(
         else:
             loop.run(pause=watch.look)
             ys = watch.fill(ts)
-        if strict and not in_transform() and not torch.isfinite(ys[-1]).all():
+        if strict and not all_finite(ys[-1]):
             raise Failure(Status.NON_FINITE, host_values(ts)[-1] if ts.dim() == 1 else math.nan, ys[-1].detach(), 0.0)
     except Failure as failure:
         raise _explained(failure, loop, packing, stats) from None
@@ -121,13 +121,15 @@ def _begin(field: Field, y0: State, y: torch.Tensor, ts: torch.Tensor, config: S
            packing: Packing, stats: Stats, by_sample: bool, keep_dense: bool) -> Loop:  # fmt: skip
     """The loop that serves: on the host, or in tensors, with a row for each sample or one for all."""
     chunk = config.options.get("steps_per_sync", 8 if y.is_cuda else 1)
-    if not by_sample and (chunk == 1 or not METHODS[config.method].adaptive or not METHODS[config.method].interpolates):
+    if not by_sample and (chunk == 1 or in_transform() or not METHODS[config.method].adaptive or not METHODS[config.method].interpolates):
         grid = _grid(config, field, y0, ts)
         settings = _settings(config, packing, grid, keep_dense)
         clock = Clock(ts, lands=not settings.method.interpolates or grid == host_values(ts))
         return Integration(settings, counted, clock, y, stats)
     if by_sample:
         check_rows(y, ts)
+        if in_transform():
+            raise UsageError("steps for each sample do not work inside torch.func transforms; leave per_sample out.")
     settings = _settings(config, packing, None, keep_dense)
     row_clock = RowClock(ts, Rows(y, shared=not by_sample))
     step = None if settings.method.adaptive else config.options.get("step_size", config.step_size)

@@ -59,7 +59,12 @@ def to_host(x: torch.Tensor) -> float:
     try:
         return float(x)
     except RuntimeError:
-        return float(_Largest.apply(x))
+        return float(_Largest.apply(x).detach())
+
+
+def all_finite(x: torch.Tensor) -> bool:
+    """Whether no entry is infinite or NaN."""
+    return not to_host((~torch.isfinite(x)).any().double())
 
 
 class _Largest(torch.autograd.Function):
