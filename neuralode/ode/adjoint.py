@@ -15,7 +15,7 @@ from neuralode.ode.explicit import moment
 from neuralode.ode.packing import Packing
 from neuralode.ode.solution import Stats
 from neuralode.ode.stepper import CountedField, Integration, Settings
-from neuralode.ode.tolerance import largest_rms
+from neuralode.ode.tolerance import in_transform, largest_rms
 
 Evaluate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -51,7 +51,7 @@ def solve_with_adjoint(
     Returns:
         The output states, a graph for which memory does not grow with the number of steps, unless `interpolated`.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_transform():
         raise UsageError("gradient='adjoint' does not work inside torch.func transforms; use gradient='exact'.")
     y, ts = integration.y, integration.clock.ts
     return list(_Adjoint.apply(integration, evaluate, adjoint, stats, y, ts, *inputs))

@@ -17,9 +17,10 @@ from neuralode.errors import UsageError
 from neuralode.ode.clock import host_values
 from neuralode.ode.eager import eager
 from neuralode.ode.methods import METHODS, check_method, takes_fixed_steps
+from neuralode.ode.setup import unable
 from neuralode.ode.solution import Stats
 from neuralode.ode.solver_config import SolverConfig
-from neuralode.ode.stepper_engine import run, unable
+from neuralode.ode.stepper_engine import run
 
 _UNLIMITED = 2**31 - 1
 _CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")

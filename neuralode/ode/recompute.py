@@ -13,6 +13,7 @@ from neuralode.ode.explicit import Evaluate, Step, moment
 from neuralode.ode.rows import Loop, RowStep
 from neuralode.ode.solution import Stats
 from neuralode.ode.stepper import step_estimates
+from neuralode.ode.tolerance import in_transform
 
 
 class Checkpoints:
@@ -52,7 +53,7 @@ def solve_recomputing(
         The remaining output states, the final state, and, if the settings ask for them, the two sums of estimates.
     """
     ts = integration.clock.ts
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_transform():
         raise UsageError(
             "recomputing steps (checkpoint) does not work inside torch.func transforms; give checkpoint='never'."
         )

@@ -18,6 +18,7 @@ from neuralode.ode.eager import eager
 from neuralode.ode.events import Event
 from neuralode.ode.methods import in_torchdiffeq
 from neuralode.ode.observed_field import Field, tensors
+from neuralode.ode.setup import unable
 from neuralode.ode.solution import Events, Solution, SolveError, State, Stats, Status
 from neuralode.ode.solver_config import DEFAULT_MAX_STEPS, DEFAULT_MEMORY_BUDGET, SolverConfig
 
@@ -126,7 +127,7 @@ def choose_engine(
     Raises:
         UsageError: if the engine that was asked for cannot serve it.
     """
-    obstacle = stepper_engine.unable(config, by_sample, outputs, events)
+    obstacle = unable(config, by_sample, outputs, events)
     if config.engine == "stepper" and obstacle:
         raise UsageError(f"engine='stepper' cannot serve this solve: {obstacle}; give engine='auto'.")
     if config.engine == "torchdiffeq" or obstacle:

@@ -67,6 +67,11 @@ def all_finite(x: torch.Tensor) -> bool:
     return not to_host((~torch.isfinite(x)).any().double())
 
 
+def in_transform() -> bool:
+    """Whether the solve runs inside a transform of torch.func."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class _Largest(torch.autograd.Function):
     generate_vmap_rule = False
 
