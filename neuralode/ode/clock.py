@@ -97,3 +97,72 @@ def host_values(ts: torch.Tensor) -> Any:
     while torch._C._functorch.is_functorch_wrapped_tensor(ts):
         ts = torch._C._functorch.get_unwrapped(ts)
     return ts.detach().tolist()
+
+
+class Rows:
+    """How row-wise numbers, [R], broadcast against the state: one row a sample, or one row for the whole batch."""
+
+    def __init__(self, y: torch.Tensor, shared: bool):
+        self.shared = shared
+        self.count = 1 if shared else len(y)
+        self.shape = () if shared else (self.count, *[1] * (y.dim() - 1))
+        self.real = y.dtype.to_real()
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """[R] in a shape that broadcasts against the state, and in its precision."""
+        return (x.to(self.real) if x.is_floating_point() else x).reshape(self.shape)
+
+    def rms(self, x: torch.Tensor) -> torch.Tensor:
+        """Root mean square of each row, [R]."""
+        flat = x.reshape(self.count, -1)
+        return torch.linalg.vector_norm(flat, dim=1).double() / max(flat.shape[1], 1) ** 0.5
+
+
+class RowStep(NamedTuple):
+    """A step of the frozen grid, row by row. Rows that rejected it or had ended take no step: their h is zero."""
+
+    t: torch.Tensor
+    h: torch.Tensor
+    lands: torch.Tensor
+    """Rows whose step ends at their last time, [R]."""
+    plan: None
+    outputs: range
+    """Indices of the pieces that dense output gave in this step."""
+    inner: tuple[torch.Tensor, ...]
+    """For each piece, the index of the output time that each row reads there, [R]; zero for none."""
+
+
+class RowClock:
+    """Output times of the rows, [R, T]; steps move with them as `Clock` says."""
+
+    def __init__(self, ts: torch.Tensor, rows: Rows):
+        self.ts, self.rows = ts, rows
+        self.grid = ts.expand(rows.count, -1)
+        self.values = self.grid.detach().double()
+        self.moves = ts.requires_grad and torch.is_grad_enabled()
+
+    def with_times(self, ts: torch.Tensor) -> RowClock:
+        return RowClock(ts, self.rows)
+
+    def place(self, step: RowStep) -> tuple[torch.Tensor, torch.Tensor]:
+        spread = self.rows.spread
+        if not self.moves:
+            return spread(step.t), spread(step.h)
+        t = self.grid[:, 0] + (step.t - self.values[:, 0]).to(self.grid)
+        return spread(t), spread(torch.where(step.lands, self.grid[:, -1] - t, step.h.to(t)))
+
+    def fraction(self, output: torch.Tensor, t: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """Where in the step the output times of that index, [R], lie; 0 for rows that take no step."""
+        wanted = (self.grid if self.moves else self.values).gather(1, output[:, None])[:, 0]
+        still = h == 0
+        return torch.where(still, 0.0, (self.rows.spread(wanted) - t) / torch.where(still, 1.0, h))
+
+    def reads_densely(self, step: RowStep) -> bool:
+        return bool(step.inner)
+
+    def read(self, method: Method, step: Step, record: RowStep, field: Evaluate) -> list[torch.Tensor]:
+        """The dense output at the output times of this step, one piece for each time that some row reads."""
+        if not record.inner:
+            return []
+        at = method.interpolant(step, field)
+        return [at(self.fraction(output, step.t, step.h)) for output in record.inner]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from neuralode.errors import UsageError
-from neuralode.ode.clock import host_values
+from neuralode.ode.clock import Rows, host_values
 from neuralode.ode.interpolants import Interpolant
 from neuralode.ode.packing import Packing
 from neuralode.ode.solution import State
@@ -63,25 +63,6 @@ class DenseOutput:
             raise UsageError(f"t = {value:g} lies outside the solve, which went from {first:g} to {end:g}.")
         piece = self.steps[min(bisect.bisect_left(self._ends, value * self.direction), len(self.steps) - 1)]
         return piece.at((t - piece.start) / piece.size)
-
-
-class Rows:
-    """How row-wise numbers, [R], broadcast against the state: one row a sample, or one row for the whole batch."""
-
-    def __init__(self, y: torch.Tensor, shared: bool):
-        self.shared = shared
-        self.count = 1 if shared else len(y)
-        self.shape = () if shared else (self.count, *[1] * (y.dim() - 1))
-        self.real = y.dtype.to_real()
-
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """[R] in a shape that broadcasts against the state, and in its precision."""
-        return (x.to(self.real) if x.is_floating_point() else x).reshape(self.shape)
-
-    def rms(self, x: torch.Tensor) -> torch.Tensor:
-        """Root mean square of each row, [R]."""
-        flat = x.reshape(self.count, -1)
-        return torch.linalg.vector_norm(flat, dim=1).double() / max(flat.shape[1], 1) ** 0.5
 
 
 class RowDenseOutput:

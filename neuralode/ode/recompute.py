@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from neuralode.errors import UsageError
-from neuralode.ode.clock import Accepted
+from neuralode.ode.clock import Accepted, RowStep
 from neuralode.ode.explicit import Evaluate, Step, moment
-from neuralode.ode.rows import Loop, RowStep
+from neuralode.ode.rows import Loop
 from neuralode.ode.solution import Stats
 from neuralode.ode.stepper import step_estimates
 from neuralode.ode.tolerance import in_transform

@@ -8,66 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
 from neuralode.errors import UsageError
-from neuralode.ode.dense import DensePiece, RowDenseOutput, Rows
-from neuralode.ode.explicit import Evaluate, Method, Step
+from neuralode.ode.clock import RowClock, RowStep
+from neuralode.ode.dense import DensePiece, RowDenseOutput
+from neuralode.ode.explicit import Step
 from neuralode.ode.packing import Packing
 from neuralode.ode.solution import Stats, Status
 from neuralode.ode.stepper import CountedField, Failure, Integration, Settings, step_estimates
-
-
-class RowStep(NamedTuple):
-    """A step of the frozen grid, row by row. Rows that rejected it or had ended take no step: their h is zero."""
-
-    t: torch.Tensor
-    h: torch.Tensor
-    lands: torch.Tensor
-    """Rows whose step ends at their last time, [R]."""
-    plan: None
-    outputs: range
-    """Indices of the pieces that dense output gave in this step."""
-    inner: tuple[torch.Tensor, ...]
-    """For each piece, the index of the output time that each row reads there, [R]; zero for none."""
-
-
-class RowClock:
-    """Output times of the rows, [R, T]; steps move with them as `Clock` says."""
-
-    def __init__(self, ts: torch.Tensor, rows: Rows):
-        self.ts, self.rows = ts, rows
-        self.grid = ts.expand(rows.count, -1)
-        self.values = self.grid.detach().double()
-        self.moves = ts.requires_grad and torch.is_grad_enabled()
-
-    def with_times(self, ts: torch.Tensor) -> RowClock:
-        return RowClock(ts, self.rows)
-
-    def place(self, step: RowStep) -> tuple[torch.Tensor, torch.Tensor]:
-        spread = self.rows.spread
-        if not self.moves:
-            return spread(step.t), spread(step.h)
-        t = self.grid[:, 0] + (step.t - self.values[:, 0]).to(self.grid)
-        return spread(t), spread(torch.where(step.lands, self.grid[:, -1] - t, step.h.to(t)))
-
-    def fraction(self, output: torch.Tensor, t: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """Where in the step the output times of that index, [R], lie; 0 for rows that take no step."""
-        wanted = (self.grid if self.moves else self.values).gather(1, output[:, None])[:, 0]
-        still = h == 0
-        return torch.where(still, 0.0, (self.rows.spread(wanted) - t) / torch.where(still, 1.0, h))
-
-    def reads_densely(self, step: RowStep) -> bool:
-        return bool(step.inner)
-
-    def read(self, method: Method, step: Step, record: RowStep, field: Evaluate) -> list[torch.Tensor]:
-        """The dense output at the output times of this step, one piece for each time that some row reads."""
-        if not record.inner:
-            return []
-        at = method.interpolant(step, field)
-        return [at(self.fraction(output, step.t, step.h)) for output in record.inner]
 
 
 class RowIntegration:
@@ -103,6 +54,10 @@ class RowIntegration:
         stats.accepted = stats.rejected = 0
         self.done = False
         self._now = 1
+        self._interior = times.shape[1] > 2
+        self._unread: list[tuple[int, Step, torch.Tensor, torch.Tensor]] = []
+        self._careful = False
+        self._overflow = torch.zeros((), dtype=torch.bool, device=y.device)
         self._grew = torch.ones((), dtype=self.t.dtype, device=y.device)
 
     def run(self, pause: Callable[[], bool] = lambda: False, on_step: Callable[[Step], None] | None = None) -> None:
@@ -110,11 +65,24 @@ class RowIntegration:
         while not self.done:
             if len(self.accepted) >= self.settings.max_steps:
                 self._fail(Status.MAX_STEPS)
+            before = self._state() if self._hides_overflow() else None
             for _ in range(self._now):
                 self._step(on_step)
-            self._look()
+            overflow = self._look()
+            if overflow and before is not None:
+                vars(self).update(before)
+                self._careful, self._now = True, 1
+                continue
             if pause():
                 return
+
+    def _hides_overflow(self) -> bool:
+        """Whether a rejected step that overflowed would be seen only after its chunk."""
+        return self.rows.shared and torch.is_grad_enabled() and not self._careful
+
+    def _state(self) -> dict[str, Any]:
+        """Everything that a step changes."""
+        return {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
 
     def detach(self) -> None:
         self.y = self.y.detach()
@@ -130,7 +98,7 @@ class RowIntegration:
         return self.rows.spread(self.t)
 
     def _step(self, on_step: Callable[[Step], None] | None) -> None:
-        settings, rows, y, f0 = self.settings, self.rows, self.y, self.slope()
+        settings, y, f0 = self.settings, self.y, self.slope()
         if self.size is None:
             self.size = self._first(y, f0)
         rest = (self.end - self.t).abs()
@@ -143,7 +111,9 @@ class RowIntegration:
         if settings.method.adaptive:
             ratio, within = self._control(step, size)
             accepted = accepted & within
-            if not rows.shared and torch.is_grad_enabled() and not math.isfinite(float(ratio.sum())):
+            if not torch.is_grad_enabled() or self._hides_overflow():
+                self._overflow = self._overflow | ~torch.isfinite(ratio).all()
+            elif not math.isfinite(float(ratio.sum())):
                 # autograd would carry the overflow of a rejected row into the gradient of all: step again without it
                 record = record._replace(h=record.h * accepted)
                 step = settings.method.step(self.field, *self.clock.place(record), y, f0, None)
@@ -178,13 +148,10 @@ class RowIntegration:
         """Takes the rows that accepted to the end of the step."""
         settings, keep = self.settings, self.rows.spread(accepted)
         t = torch.where(record.lands, self.end, self.t + record.h)
-        inner = self._inner(t, accepted)
-        record = record._replace(outputs=range(len(self.outputs), len(self.outputs) + len(inner)), inner=inner)
         if on_step is not None:
             on_step(step)
-        if inner or settings.estimates or settings.keep_dense:
+        if settings.estimates or settings.keep_dense or self._interior:
             step.t, step.h = self.clock.place(record)
-            self.outputs += self.clock.read(settings.method, step, record, self.field)
         if settings.estimates:
             error, stiffness = step_estimates(settings.method, step, self.field)
             self.error_sum = error if self.error_sum is None else self.error_sum + error
@@ -193,6 +160,10 @@ class RowIntegration:
         if settings.keep_dense:
             at = settings.method.interpolant(step, self.field)
             self.dense.append(DensePiece(record.t, record.h, step.t, step.h, at))
+        if self._interior:
+            passed = 1 + ((self.clock.values[:, 1:-1] - t[:, None]) * self.direction[:, None] <= 0).sum(1)
+            self._unread.append((len(self.accepted), step, self.next, passed))
+            self.next = passed
         self.accepted.append(record)
         self.t, self.ended = t, self.ended | record.lands
         f0 = step.end_slope(self.field)
@@ -209,28 +180,23 @@ class RowIntegration:
         if not self.rows.shared:
             self.stats.accepted_per_sample, self.stats.rejected_per_sample = accepted, rejected
 
-    def _inner(self, t: torch.Tensor, accepted: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Which output times before the last one the rows pass on their way to t."""
-        last = self.clock.values.shape[1] - 1
-        if last < 2:
-            return ()
-        pieces: list[torch.Tensor] = []
-        while True:
-            time = self.clock.values.gather(1, self.next.clamp(max=last)[:, None])[:, 0]
-            reached = accepted & (self.next < last) & ((time - t) * self.direction <= 0)
-            if not bool(reached.any()):
-                return tuple(pieces)
-            pieces.append(torch.where(reached, self.next, 0))
-            self.next = self.next + reached
+    def _look(self) -> bool:
+        """The host's one look at the rows, once a chunk; sets how many steps the next chunk has.
 
-    def _look(self) -> None:
-        """The host's one look at the rows, once a chunk; sets how many steps the next chunk has."""
+        Returns:
+            Whether a step of the chunk overflowed.
+        """
         assert self.size is not None
         rest = (self.end - self.t).abs()
         stuck = ~self.ended & (self.t + self.direction * self.size == self.t)
-        done, any_stuck, ahead, growth = torch.stack(
-            [self.ended.all().double(), stuck.any().double(), (rest / self.size).nan_to_num(0.0).max(), self._grew]
-        ).tolist()
+        seen = [self.ended.all(), stuck.any(), self._overflow, (rest / self.size).nan_to_num(0.0).max(), self._grew]
+        counts = [(passed - before).max() for _, _, before, passed in self._unread]
+        done, any_stuck, overflow, ahead, growth, *readings = torch.stack([x.double() for x in seen + counts]).tolist()
+        self._overflow = torch.zeros_like(self._overflow)
+        if overflow and self._hides_overflow():
+            return True
+        self._careful = False
+        self._read(readings)
         self.done = bool(done)
         if self.done:
             self._count()
@@ -239,6 +205,19 @@ class RowIntegration:
         else:  # no more steps than the present growth lets expect, so that none is tried in vain
             expected = math.log1p(ahead * (growth - 1)) / math.log(growth) if growth > 1.01 else ahead
             self._now = max(1, min(self.chunk, int(expected)))
+        return False
+
+    def _read(self, readings: list[float]) -> None:
+        """Reads the output times that the steps of the chunk passed: as many a step as the row that passed most."""
+        for (index, step, before, passed), count in zip(self._unread, readings, strict=True):
+            wanted = [before + i for i in range(int(count))]
+            inner = tuple(torch.where(output < passed, output, 0) for output in wanted)
+            outputs = range(len(self.outputs), len(self.outputs) + len(inner))
+            record = self.accepted[index] = self.accepted[index]._replace(outputs=outputs, inner=inner)
+            graphs = self.field.graphs
+            self.outputs += self.clock.read(self.settings.method, step, record, self.field)
+            self.in_graph += self.field.graphs - graphs
+        self._unread = []
 
     def _first(self, y: torch.Tensor, f0: torch.Tensor) -> torch.Tensor:
         """First step sizes, [R], as `Tolerance.first_step` has them."""

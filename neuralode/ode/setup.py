@@ -11,10 +11,10 @@ import torch
 
 from neuralode.errors import UsageError
 from neuralode.ode.adjoint import AdjointSettings
-from neuralode.ode.clock import Clock, host_values
+from neuralode.ode.clock import Clock, RowClock, Rows, host_values
 from neuralode.ode.methods import METHODS
 from neuralode.ode.packing import Packing
-from neuralode.ode.rows import Loop, RowClock, RowIntegration, Rows, check_rows
+from neuralode.ode.rows import Loop, RowIntegration, check_rows
 from neuralode.ode.solution import State, Stats
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import CountedField, Integration, Settings

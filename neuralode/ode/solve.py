@@ -113,7 +113,7 @@ def solve_configured(
         if throw:
             raise
         status = error.status
-        lost = [part.new_full((len(ts), *part.shape), float("nan")) for part in tensors(y0)]
+        lost = [part.new_full((ts.shape[-1], *part.shape), float("nan")) for part in tensors(y0)]
         ys = tuple(lost) if isinstance(y0, tuple) else lost[0]
     stats.seconds = time.perf_counter() - start
     return Solution(ts, ys, stats, status, at, found)
@@ -135,13 +135,13 @@ def choose_engine(
             "dense output": dense, "events": events, "estimates": config.estimates, "steps for each sample": by_sample,
             "choice of controller": config.controller != "I",
         }  # fmt: skip
-        ours = [name for name, asked in wanted.items() if asked]
-        if ours:
-            raise UsageError(
-                f"torchdiffeq has no {ours[0]}; leave it out, or let the stepper serve: {obstacle or 'engine=auto'}."
-            )
+        lacking = [name for name, asked in wanted.items() if asked]
         if not in_torchdiffeq(config.method):
-            raise UsageError(f"torchdiffeq has no method {config.method!r}; give engine='auto'.")
+            lacking.insert(0, f"method {config.method!r}")
+        if lacking and config.engine == "torchdiffeq":
+            raise UsageError(f"torchdiffeq has no {lacking[0]}; give engine='auto'.")
+        if lacking:
+            raise UsageError(f"no engine can serve this solve: {obstacle}; and torchdiffeq has no {lacking[0]}.")
         return "torchdiffeq", "asked for" if config.engine == "torchdiffeq" else obstacle
     return "stepper", "asked for" if config.engine == "stepper" else "it is the fastest engine for any field"
 
