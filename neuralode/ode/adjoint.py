@@ -11,10 +11,12 @@ import torch
 from neuralode.errors import UsageError
 from neuralode.ode.clock import Clock
 from neuralode.ode.dense import DenseOutput
+from neuralode.ode.diagnosis import diagnosis
 from neuralode.ode.explicit import moment
 from neuralode.ode.packing import Packing
-from neuralode.ode.solution import Stats
-from neuralode.ode.stepper import CountedField, Integration, Settings
+from neuralode.ode.parameters import Autocast, HeldField, new_mark, refuse_more_leaves
+from neuralode.ode.solution import SolveError, Stats
+from neuralode.ode.stepper import CountedField, Failure, Integration, Settings
 from neuralode.ode.tolerance import in_transform, largest_rms
 
 Evaluate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -36,7 +38,7 @@ class AdjointSettings:
 
 def solve_with_adjoint(
     integration: Integration,
-    evaluate: Evaluate,
+    evaluate: HeldField,
     inputs: Sequence[torch.Tensor],
     adjoint: AdjointSettings,
     stats: Stats,
@@ -59,35 +61,42 @@ def solve_with_adjoint(
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, integration: Integration, evaluate: Evaluate, adjoint: AdjointSettings, stats: Stats,
+    def forward(ctx: Any, integration: Integration, evaluate: HeldField, adjoint: AdjointSettings, stats: Stats,
                 y: torch.Tensor, ts: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # fmt: skip
         integration.clock = Clock(ts.detach(), integration.clock.lands)
         integration.outputs = [y.detach()]
         integration.detach()
-        integration.run()
+        autocast = Autocast(y)
+        with autocast.restored():
+            integration.run()
         ctx.evaluate, ctx.adjoint, ctx.stats = evaluate, adjoint, stats
         ctx.dense = integration.dense_output(Packing(y)) if adjoint.interpolated else None
         outputs = tuple(state.clone() for state in integration.outputs)
-        ctx.save_for_backward(ts, torch.stack(outputs), *inputs)
+        # the constants are saved so that autograd notices if they were changed in place since
+        ctx.save_for_backward(ts, torch.stack(outputs), *inputs, *evaluate.constants)
+        ctx.inputs, ctx.autocast = inputs, autocast
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
         if torch.is_grad_enabled():
             raise UsageError("gradient='adjoint' has no second derivatives; use gradient='exact'.")
-        ts, ys, *inputs = ctx.saved_tensors
+        ts, ys = ctx.saved_tensors[:2]
+        inputs = ctx.inputs
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[6:], strict=True) if needed]
-        equation = _Equation(ctx.evaluate, wanted, ys[0], ctx.stats, ctx.dense)
-        gradient = cotangents[-1].clone()
-        parameters = equation.zeros()
-        slopes = torch.zeros_like(ts)
-        for i in range(len(ts) - 1, 0, -1):
+        ctx.evaluate.begin_backward()
+        equation = _Equation(ctx.evaluate, inputs, wanted, ys[0], ctx.stats, ctx.dense)
+        with ctx.autocast.restored():
+            gradient = cotangents[-1].clone()
+            parameters = equation.zeros()
+            slopes = torch.zeros_like(ts)
+            for i in range(len(ts) - 1, 0, -1):
+                if ctx.needs_input_grad[5]:
+                    slopes[i] = equation.rate(ts[i], ys[i], cotangents[i])
+                gradient, parameters = _back(ctx.adjoint, equation, ts[[i, i - 1]], ys[i], gradient, parameters)
+                gradient = gradient + cotangents[i - 1]
             if ctx.needs_input_grad[5]:
-                slopes[i] = equation.rate(ts[i], ys[i], cotangents[i])
-            gradient, parameters = _back(ctx.adjoint, equation, ts[[i, i - 1]], ys[i], gradient, parameters)
-            gradient = gradient + cotangents[i - 1]
-        if ctx.needs_input_grad[5]:
-            slopes[0] = equation.rate(ts[0], ys[0], cotangents[0] - gradient)
+                slopes[0] = equation.rate(ts[0], ys[0], cotangents[0] - gradient)
         found = iter(equation.unflatten(parameters))
         rest = [next(found) if needed else None for needed in ctx.needs_input_grad[6:]]
         return (None, None, None, None, gradient, slopes if ctx.needs_input_grad[5] else None, *rest)
@@ -110,8 +119,14 @@ def _back(adjoint: AdjointSettings, equation: _Equation, ts: torch.Tensor, y: to
         grid=adjoint.grid_between(*clock.values),
     )
     field = CountedField(equation, (), lambda dy, _: None)
-    integration = Integration(settings, field, clock, torch.cat(parts), Stats("stepper", "", "adjoint"))
-    integration.run()
+    stats = Stats("stepper", "", "adjoint")
+    integration = Integration(settings, field, clock, torch.cat(parts), stats)
+    try:
+        integration.run()
+    except Failure as failure:
+        stats.method, begun = adjoint.settings.method.name, failure.t if stats.accepted else None
+        message = "the adjoint solve, backwards in time: " + diagnosis(failure.status, stats, begun, None)
+        raise SolveError(message, failure.status, stats) from None
     *_, gradient, parameters = integration.y.split(sizes)
     return gradient.view_as(y), parameters
 
@@ -119,10 +134,13 @@ def _back(adjoint: AdjointSettings, equation: _Equation, ts: torch.Tensor, y: to
 class _Equation:
     """The adjoint equation over the flat state (y, a, p): ȧ = −aᵀ∂f/∂y, ṗ = −aᵀ∂f/∂θ; y is left out if `dense`."""
 
-    def __init__(self, evaluate: Evaluate, inputs: list[torch.Tensor], like: torch.Tensor, stats: Stats,
-                 dense: DenseOutput | None):  # fmt: skip
+    def __init__(self, evaluate: HeldField, known: Sequence[torch.Tensor], inputs: list[torch.Tensor],
+                 like: torch.Tensor, stats: Stats, dense: DenseOutput | None):  # fmt: skip
         self.evaluate, self.inputs, self.like, self.stats, self.dense = evaluate, inputs, like, stats, dense
+        self.known = known
         self.sizes = [x.numel() for x in inputs]
+        with torch.enable_grad():
+            self.mark = new_mark()
 
     def zeros(self) -> torch.Tensor:
         return self.like.new_zeros(sum(self.sizes))
@@ -150,6 +168,8 @@ class _Equation:
         with torch.enable_grad():
             y = y.detach().requires_grad_()
             dy = self.evaluate(t, y)
+        if not self.evaluate.is_module:
+            refuse_more_leaves([dy], [y, *self.known], self.mark)
         a = state[:size].view_as(self.like)
         sources = [y, *self.inputs]
         products: tuple[torch.Tensor | None, ...] = (None,) * len(sources)

@@ -19,16 +19,19 @@ _STIFF = 2.0
 
 
 def diagnosis(
-    status: Status, stats: Stats, time: float | None, suspect: State | None, stiffness: float = math.nan
-) -> str:
+    status: Status, stats: Stats, time: float | None, suspect: State | None, stiffness: float = math.nan,
+    sample: int | None = None,
+) -> str:  # fmt: skip
     """The message of a SolveError.
 
     Args:
         time: where the solve stopped; None if no step was accepted.
         suspect: the state or derivative in which to look for samples that are not finite.
+        sample: which sample it was that could not go on, where samples have steps of their own.
         stiffness: h·‖J‖ of the step that was tried last; NaN if unknown.
     """
     where = f" at t = {time:.6g}" if time is not None else " in the first step"
+    where += f" in sample {sample}" if sample is not None else ""
     samples = sorted(bad_samples(suspect))
     who = f"; not finite in sample {', '.join(map(str, samples[:5]))}" if samples else ""
     steps = ", ".join(f"{h:.3g}" for h in stats.step_sizes[-3:])

@@ -10,7 +10,7 @@ import torch
 from neuralode.errors import UsageError
 from neuralode.ode.dense import DensePiece
 from neuralode.ode.packing import Packing
-from neuralode.ode.rows import Loop
+from neuralode.ode.rows import Loop, RowIntegration
 from neuralode.ode.solution import Events
 from neuralode.ode.stepper import Integration
 
@@ -24,15 +24,22 @@ class EventWatch:
 
     def __init__(self, events: Event | Sequence[Event], args: tuple[Any, ...], loop: Loop, packing: Packing):
         self.events = list(events) if isinstance(events, Sequence) else [events]
+        if not self.events:
+            raise UsageError("events is an empty list; give one event or more, or leave it out.")
         self.args, self.loop, self.packing, self.seen = args, loop, packing, 0
         y = loop.y
+        self.count = len(y) if y.dim() else 1
+        self.shape: tuple[int, ...] = (self.count, *[1] * (y.dim() - 1)) if y.dim() else ()
         with torch.no_grad():
-            first = self.events[0](loop.moment(), packing.unpack(y), *args)
-        self.whole = first.dim() == 0
-        self.count = 1 if self.whole else len(y) if y.dim() else 1
-        self.shape = () if self.whole else (self.count, *[1] * (y.dim() - 1))
+            first = self.events[0](loop.moment().expand(self.shape), packing.unpack(y), *args)
+        self.whole = isinstance(first, torch.Tensor) and first.dim() == 0
+        if self.whole and isinstance(loop, RowIntegration):
+            raise UsageError("an event of the whole state, a scalar, does not go with steps for each sample.")
+        if self.whole:
+            self.count, self.shape = 1, ()
         with torch.no_grad():
-            self.signs = [g.sign() for g in self._values(loop.moment(), y)]
+            self.signs = torch.stack(self._values(loop.moment(), y)).sign()
+            """Signs of the events after the last step, [E, B]; of the last value that was not zero."""
         self.step = torch.full_like(self.signs[0], -1, dtype=torch.long)
         self.index = self.step.clone()
         self.found: Events | None = None
@@ -47,12 +54,16 @@ class EventWatch:
         for number in range(self.seen, len(self.loop.dense)):
             piece = self.loop.dense[number]
             moved = torch.as_tensor(piece.h, device=self.step.device).expand(self.step.shape) != 0
-            for which, value in enumerate(self._values(*self._at(piece, 1.0))):
-                sign, before = value.sign(), self.signs[which]
-                crossing = (sign != before) & (before != 0) & moved & ~self.happened
-                self.step = torch.where(crossing, number, self.step)
-                self.index = torch.where(crossing, which, self.index)
-                self.signs[which] = torch.where((sign != 0) & moved, sign, before)
+            values = torch.stack(self._values(*self._at(piece, 1.0))).sign()
+            crossing = (values != self.signs) & (self.signs != 0) & moved & ~self.happened
+            first = crossing.int().argmax(0)
+            if len(self.events) > 1 and bool((crossing.sum(0) > 1).any()):
+                at = [self._bisected(piece, torch.full_like(first, which)) for which in range(len(self.events))]
+                first = torch.where(crossing, torch.stack(at), torch.inf).argmin(0)
+            met = crossing.any(0)
+            self.step = torch.where(met, number, self.step)
+            self.index = torch.where(met, first, self.index)
+            self.signs = torch.where((values != 0) & moved, values, self.signs)
         self.seen = len(self.loop.dense)
         self.loop.finish(self.happened)
         return bool(self.happened.all())
@@ -89,14 +100,7 @@ class EventWatch:
     def _locate(self, piece: DensePiece, here: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The first event in a step: found by bisection, then one Newton step that carries the gradient."""
         events = self.index.clamp(min=0)
-        with torch.no_grad():
-            low = torch.zeros_like(self.signs[0], dtype=torch.float64)
-            high = torch.ones_like(low)
-            start = self._chosen(piece, low, events).sign()
-            for _ in range(_BISECTIONS):
-                middle = (low + high) / 2
-                same = self._chosen(piece, middle, events).sign() == start
-                low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+        high = self._bisected(piece, events)
         with torch.enable_grad():
             fraction = high.clone().requires_grad_()
             (slope,) = torch.autograd.grad(self._chosen(piece, fraction, events).sum(), fraction)
@@ -106,6 +110,18 @@ class EventWatch:
         fraction = high - torch.where(here, value / slope, 0.0)
         time, state = self._at(piece, fraction)
         return time.reshape(self.step.shape), state
+
+    @torch.no_grad()
+    def _bisected(self, piece: DensePiece, events: torch.Tensor) -> torch.Tensor:
+        """The fraction of a step at which the chosen events change sign, [B]; 1 for those that do not."""
+        low = torch.zeros_like(self.step, dtype=torch.float64)
+        high = torch.ones_like(low)
+        start = self._chosen(piece, low, events).sign()
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            same = self._chosen(piece, middle, events).sign() == start
+            low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+        return high
 
     def _at(self, piece: DensePiece, fraction: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Time and state at a fraction of a step; the time broadcasts against the state."""
@@ -123,10 +139,11 @@ class EventWatch:
         state = self.packing.unpack(y)
         values = [event(t.expand(self.shape), state, *self.args) for event in self.events]
         for value in values:
-            if not isinstance(value, torch.Tensor) or value.numel() != self.count:
+            shape = () if self.whole else (self.count,)
+            if not isinstance(value, torch.Tensor) or value.shape != shape:
                 given = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)
                 raise UsageError(
-                    f"an event returned {given}; it has to return one number a sample, ({self.count},), or, as the "
-                    "first one does, a scalar tensor for the whole state."
+                    f"an event returned {given}; it has to return one number a sample, ({len(self.loop.y)},), or, if "
+                    "the first one does so, a scalar tensor for the whole state."
                 )
-        return [value.reshape(() if self.whole else (self.count,)) for value in values]
+        return values

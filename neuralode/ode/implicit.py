@@ -199,6 +199,11 @@ class _Solved(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs[2:])
+        ctx.save_for_forward(*inputs[2:])
+
+    @staticmethod
+    def jvp(ctx: Any, here: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+        return torch.linalg.lu_solve(*ctx.saved_tensors, _columns(here)).reshape(here.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

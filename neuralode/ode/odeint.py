@@ -123,6 +123,8 @@ def _served(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None
         return None
     if not all(isinstance(x, float | int) and x > 0 for x in (rtol, atol)) or (options and method is None):
         return None
+    if "grid_constructor" in options:
+        return None
     if name in METHODS and takes_fixed_steps(name):
         if options.get("step_size") is None:
             options.setdefault("grid_constructor", lambda f, y, t: t)

@@ -10,48 +10,53 @@ from torch import nn
 from torch.func import functional_call
 
 from neuralode.errors import UsageError
-from neuralode.ode.solution import State
+from neuralode.ode.packing import Packing
 
 
 class HeldField:
-    """A field together with the tensors that it had when the solve began.
+    """A field over packed states, with the tensors that it had when the solve began: for the backward pass.
 
     A module's parameters and buffers are captured, so that a backward pass that evaluates the field again uses the
     very tensors of the forward pass, also where `functional_call` had swapped them in for the time of the call only.
     """
 
-    def __init__(self, field: Callable[..., Any], args: Sequence[Any]):
-        self.field, self.args = field, tuple(args)
+    def __init__(self, field: Callable[..., Any], args: Sequence[Any], packing: Packing):
+        self.field, self.args, self.packing = field, tuple(args), packing
         self.module = field if isinstance(field, nn.Module) else None
         self.captured: dict[str, torch.Tensor] = {}
         if self.module is not None:
             self.captured = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        self._rebind: bool | None = None
+        self._rebind = False
+
+    @property
+    def is_module(self) -> bool:
+        return self.module is not None
 
     @property
     def registered(self) -> list[torch.Tensor]:
         """The module's tensors and the tensor arguments that require a gradient."""
-        arguments = [a for a in self.args if isinstance(a, torch.Tensor)]
-        return [x for x in (*self.captured.values(), *arguments) if x.requires_grad]
+        return [x for x in self._tensors() if x.requires_grad]
 
-    def __call__(self, t: torch.Tensor, y: State) -> Any:
-        """The field as it was: for the backward pass."""
-        if self._rebind is None:
-            self._rebind = self._has_changed()
+    @property
+    def constants(self) -> list[torch.Tensor]:
+        """The tensor arguments that do not."""
+        return [a for a in self.args if isinstance(a, torch.Tensor) and not a.requires_grad]
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [*self.captured.values(), *(a for a in self.args if isinstance(a, torch.Tensor))]
+
+    def __call__(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        state = self.packing.unpack(y)
         if self._rebind:
             assert self.module is not None
-            return functional_call(self.module, self.captured, (t, y, *self.args))
-        return self.field(t, y, *self.args)
+            return self.packing.pack(functional_call(self.module, self.captured, (t, state, *self.args)))
+        return self.packing.pack(self.field(t, state, *self.args))
 
-    def release(self) -> None:
+    def begin_backward(self) -> None:
         """Says that a backward pass begins: the module may hold other tensors by now."""
-        self._rebind = None
-
-    def _has_changed(self) -> bool:
-        if self.module is None:
-            return False
-        now = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        return any(now.get(name) is not tensor for name, tensor in self.captured.items())
+        if self.module is not None:
+            now = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+            self._rebind = any(now.get(name) is not tensor for name, tensor in self.captured.items())
 
     def all_inputs(self, evaluate: Callable[[], torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Every tensor besides t and y that the field sends a gradient to, `registered` first; and dy/dt.
@@ -67,25 +72,35 @@ class HeldField:
         """
         known = self.registered
         with torch.enable_grad():
-            marker = torch.zeros((), requires_grad=True) + 0
+            mark = new_mark()
             dy = evaluate()
-        found = {id(x) for x in known}
-        return known + [x for x in _leaves(dy, known, marker.grad_fn) if id(x) not in found], dy.detach()
+        return known + leaves_of([dy], known, mark), dy.detach()
 
 
-def _leaves(dy: torch.Tensor, known: list[torch.Tensor], marker: Any) -> list[torch.Tensor]:
-    """The leaves of the graph of dy, not looking past the tensors in `known`."""
-    stops = {x.grad_fn for x in known if x.grad_fn is not None}
+def new_mark() -> int:
+    """A number greater than that of every node that autograd made before, and less than those to come."""
+    mark: int = (torch.zeros((), requires_grad=True) + 0).grad_fn._sequence_nr()  # type: ignore[union-attr]
+    return mark
+
+
+def leaves_of(results: Sequence[torch.Tensor], known: Sequence[torch.Tensor], mark: int) -> list[torch.Tensor]:
+    """The leaves besides `known` that a gradient of the results would reach, not looking past the tensors in `known`.
+
+    Raises:
+        UsageError: if a result depends on something computed before the mark.
+    """
+    seen = {x.grad_fn for x in known if x.grad_fn is not None}
+    names = {id(x) for x in known}
     leaves: list[torch.Tensor] = []
-    pending, seen = [dy.grad_fn], set(stops)
+    pending = [result.grad_fn for result in results]
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        elif node._sequence_nr() < marker._sequence_nr():
+            leaves += [node.variable] if id(node.variable) not in names else []
+        elif node._sequence_nr() < mark:
             raise UsageError(
                 "the field uses a tensor that was computed outside it from others that require a gradient, and "
                 "recomputing the field could not reach those; hand the tensor over through args=(...), or give "
@@ -94,3 +109,25 @@ def _leaves(dy: torch.Tensor, known: list[torch.Tensor], marker: Any) -> list[to
         else:
             pending.extend(child for child, _ in node.next_functions)
     return leaves
+
+
+def refuse_more_leaves(results: Sequence[torch.Tensor], known: Sequence[torch.Tensor], mark: int) -> None:
+    """Raises UsageError if a gradient of the results would reach a leaf that is not known."""
+    if leaves_of(results, known, mark):
+        raise UsageError(
+            "the field uses a parameter that is neither registered nor used at the start of the solve, so that "
+            "recomputing would leave it without a gradient; make the field an nn.Module that owns it, hand it over "
+            "through args=(...), or give checkpoint='never'."
+        )
+
+
+class Autocast:
+    """The state of autocast at the solve, to be restored where the field is evaluated again."""
+
+    def __init__(self, like: torch.Tensor):
+        self.device = like.device.type
+        self.enabled, self.dtype = torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)
+
+    def restored(self) -> torch.autocast:
+        """The state; without its cache of cast weights, which carry the graph, or none, of whoever cast them."""
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)

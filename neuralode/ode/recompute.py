@@ -9,7 +9,8 @@ import torch
 
 from neuralode.errors import UsageError
 from neuralode.ode.clock import Accepted, RowStep
-from neuralode.ode.explicit import Evaluate, Step, moment
+from neuralode.ode.explicit import Step, moment
+from neuralode.ode.parameters import Autocast, HeldField, new_mark, refuse_more_leaves
 from neuralode.ode.rows import Loop
 from neuralode.ode.solution import Stats
 from neuralode.ode.stepper import step_estimates
@@ -34,7 +35,7 @@ class Checkpoints:
 
 def solve_recomputing(
     integration: Loop,
-    evaluate: Evaluate,
+    evaluate: HeldField,
     inputs: Sequence[torch.Tensor],
     limit: int | None,
     stats: Stats,
@@ -62,20 +63,24 @@ def solve_recomputing(
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, integration: Loop, evaluate: Evaluate, limit: int | None, stats: Stats,
+    def forward(ctx: Any, integration: Loop, evaluate: HeldField, limit: int | None, stats: Stats,
                 y: torch.Tensor, ts: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # fmt: skip
         before, first = len(integration.outputs), len(integration.accepted)
         kept = Checkpoints(limit)
         integration.detach()
-        integration.run(on_step=lambda step: kept.offer(len(integration.accepted) - first, step.y0))
+        autocast = Autocast(y)
+        with autocast.restored():
+            integration.run(on_step=lambda step: kept.offer(len(integration.accepted) - first, step.y0))
         ctx.steps = integration.accepted[first:]
         ctx.kept, ctx.limit, ctx.settings, ctx.evaluate = kept.states, limit, integration.settings, evaluate
         ctx.clock, ctx.first_output, ctx.stats = integration.clock, before, stats
-        ctx.save_for_backward(ts, y, *inputs)
+        # the constants, and y, are saved so that autograd notices if they were changed in place since
+        ctx.save_for_backward(ts, *inputs, y, *evaluate.constants)
+        ctx.inputs, ctx.autocast = inputs, autocast
         results = [state.detach() for state in (*integration.outputs[before:], integration.y)]
         if ctx.settings.estimates:
             sums = (integration.error_sum, integration.stiffness_sum)
-            results += [y.new_zeros(()) if s is None else s.detach() for s in sums]
+            results += [y.real.new_zeros(()) if s is None else s.detach() for s in sums]
         # one tensor may stand for two results, and autograd wants them apart
         return tuple(result.clone() for result in results)
 
@@ -85,11 +90,13 @@ class _Recomputed(torch.autograd.Function):
             raise UsageError(
                 "second derivatives through recomputed steps are not available; give checkpoint='never' to the solve."
             )
-        ts, _, *inputs = ctx.saved_tensors  # saving y makes autograd notice if it was changed in place since
+        ts, inputs = ctx.saved_tensors[0], ctx.inputs
         # the input that wants no gradient is not differentiated
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[6:], strict=True) if needed]
-        sweep = _Sweep(ctx, ts, wanted, cotangents)
-        gradient = sweep.back(0, len(ctx.steps), ctx.kept)
+        ctx.evaluate.begin_backward()
+        sweep = _Sweep(ctx, ts, inputs, wanted, cotangents)
+        with ctx.autocast.restored():
+            gradient = sweep.back(0, len(ctx.steps), dict(ctx.kept))
         found = iter(sweep.totals)
         rest = [next(found) if needed else None for needed in ctx.needs_input_grad[6:]]
         times = sweep.times_total if ctx.needs_input_grad[5] else None
@@ -99,13 +106,16 @@ class _Recomputed(torch.autograd.Function):
 class _Sweep:
     """One backward pass over the frozen grid."""
 
-    def __init__(self, ctx: Any, ts: torch.Tensor, inputs: list[torch.Tensor], cotangents: Sequence[torch.Tensor]):
+    def __init__(self, ctx: Any, ts: torch.Tensor, known: Sequence[torch.Tensor], inputs: list[torch.Tensor],
+                 cotangents: Sequence[torch.Tensor]):  # fmt: skip
         self.method, self.estimates = ctx.settings.method, ctx.settings.estimates
         self.steps: list[Accepted] | list[RowStep] = ctx.steps
         self.limit, self.stats = ctx.limit, ctx.stats
         self.counted = _Counted(ctx.evaluate)
         self.ts = ts.detach().requires_grad_(ctx.needs_input_grad[5])
+        self.known = known
         with torch.enable_grad():
+            self.mark = new_mark()
             self.clock = ctx.clock.with_times(self.ts)
         self.inputs = inputs
         self.totals: list[torch.Tensor | None] = [None] * len(inputs)
@@ -163,6 +173,7 @@ class _Sweep:
                         results.append(value)
                         cotangents.append(cotangent)
         self.stats.nfe_backward += self.counted.calls - before
+        refuse_more_leaves(results, [y, self.ts, *self.known], self.mark)
         sources = [y, *self.inputs, *([self.ts] if self.times_total is not None else [])]
         live = [(r, c) for r, c in zip(results, cotangents, strict=True) if r.requires_grad]
         gradients = torch.autograd.grad([r for r, _ in live], sources, [c for _, c in live], allow_unused=True)
@@ -180,7 +191,7 @@ def _sum(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor 
 
 
 class _Counted:
-    def __init__(self, evaluate: Evaluate):
+    def __init__(self, evaluate: HeldField):
         self.evaluate, self.calls = evaluate, 0
 
     def __call__(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -74,6 +74,7 @@ class RowIntegration:
                 self._careful, self._now = True, 1
                 continue
             if pause():
+                self._count()
                 return
 
     def _hides_overflow(self) -> bool:

@@ -35,13 +35,15 @@ _OPTIONS = {
 }
 
 
-def unable(config: SolverConfig, by_sample: bool = False, outputs: int = 2, events: bool = False) -> str:
+def unable(config: SolverConfig, by_sample: bool = False, outputs: int = 2, events: bool = False,
+           dense: bool = False) -> str:  # fmt: skip
     """Why the stepper cannot serve this solve; empty if it can.
 
     Args:
         by_sample: whether each sample takes steps of its own.
         outputs: number of output times.
         events: whether the solve ends at events.
+        dense: whether the caller wants dense output.
     """
     if config.method not in METHODS:
         return f"the stepper has no method {config.method!r}"
@@ -50,6 +52,12 @@ def unable(config: SolverConfig, by_sample: bool = False, outputs: int = 2, even
         return "the adjoint does not pass through events; use gradient='exact'"
     if events and config.checkpoint not in ("auto", "never"):
         return "a solve with events keeps its graphs; leave checkpoint at 'auto'"
+    if config.estimates and not METHODS[config.method].adaptive:
+        return f"{config.method!r} makes no estimate of its error"
+    if config.estimates and config.gradient == "adjoint":
+        return "the adjoint does not pass through the estimates; use gradient='exact'"
+    if dense and (config.gradient == "adjoint" or config.checkpoint not in ("auto", "never")):
+        return "dense output keeps the graphs of its steps; use gradient='exact' and leave checkpoint at 'auto'"
     if foreign:
         return f"the stepper does not know the option {sorted(foreign)[0]!r}"
     if config.gradient == "adjoint" and "grid_constructor" in config.options:

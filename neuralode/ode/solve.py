@@ -64,7 +64,8 @@ def solve(
         dense: also return the solution as a function of time, `Solution.dense`.
         events: `g(t, y, *args)`, or several: the solve of a sample ends where one of them crosses zero. It returns
             one number a sample, [B], and receives t in a shape that broadcasts against the state; or a scalar, for
-            an event of the state as a whole. `Solution.events` has the times and states, differentiable once.
+            an event of the state as a whole. Two crossings within one step are not seen. `Solution.events` has the
+            times and states, differentiable once.
         throw: raise SolveError on failure; otherwise return a Solution whose status says what happened and whose
             states are NaN.
 
@@ -127,7 +128,7 @@ def choose_engine(
     Raises:
         UsageError: if the engine that was asked for cannot serve it.
     """
-    obstacle = unable(config, by_sample, outputs, events)
+    obstacle = unable(config, by_sample, outputs, events, dense)
     if config.engine == "stepper" and obstacle:
         raise UsageError(f"engine='stepper' cannot serve this solve: {obstacle}; give engine='auto'.")
     if config.engine == "torchdiffeq" or obstacle:
@@ -159,6 +160,6 @@ def _times(t: torch.Tensor | Sequence[float], like: torch.Tensor) -> torch.Tenso
         gaps = [b - a for a, b in itertools.pairwise(values)]
         if all(map(math.isfinite, values)) and (min(gaps) > 0 or max(gaps) < 0):
             continue
-        shown = ", ".join(f"{value:g}" for value in values[:6]) + (", ..." if len(ts) > 6 else "")
+        shown = ", ".join(f"{value:g}" for value in values[:6]) + (", ..." if len(values) > 6 else "")
         raise UsageError(f"t is [{shown}]; the times have to be finite and strictly rising or strictly falling.")
     return ts

@@ -229,7 +229,8 @@ class Integration:
             if not all_finite(suspect):
                 raise Failure(Status.NON_FINITE, self.t, step.y0, h, suspect)
         if abs(h) <= resolution:
-            broken = [x for x in (*step.stages, step.y1) if not all_finite(x)]
+            seen = [x for x in (*step.stages, step.y1, step.f1) if x is not None]
+            broken = [x for x in seen if not all_finite(x)]
             raise Failure(Status.NON_FINITE, self.t, step.y0, h, broken[0] if broken else step.y1)
 
 

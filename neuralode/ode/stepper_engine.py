@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from neuralode.errors import UsageError
 from neuralode.ode.adjoint import solve_with_adjoint
 from neuralode.ode.clock import host_values
 from neuralode.ode.diagnosis import diagnosis, jacobian_norm
@@ -49,7 +50,7 @@ def run(
     watch = None if events is None else EventWatch(events, args, loop, packing)
     try:
         if watch is None:
-            ys = _integrate(loop, HeldField(field, args), packing, config, stats)
+            ys = _integrate(loop, HeldField(field, args, packing), config, stats)
         else:
             loop.run(pause=watch.look)
             ys = watch.fill(ts)
@@ -66,19 +67,15 @@ def run(
     )
 
 
-def _integrate(
-    integration: Loop, held: HeldField, packing: Packing, config: SolverConfig, stats: Stats
-) -> torch.Tensor:
+def _integrate(integration: Loop, held: HeldField, config: SolverConfig, stats: Stats) -> torch.Tensor:
     """Runs to the end under the checkpoint policy; the states [T, *shape], and the sums of estimates into `stats`."""
     if config.gradient == "adjoint" and torch.is_grad_enabled():
-        inputs = _inputs(integration, held)
+        inputs = _inputs(integration, held, recomputes=False)
         assert isinstance(integration, Integration)
-        return torch.stack(
-            solve_with_adjoint(integration, packing.field(held), inputs, adjoint_settings(config, integration), stats)
-        )
+        return torch.stack(solve_with_adjoint(integration, held, inputs, adjoint_settings(config, integration), stats))
     policy = config.checkpoint
-    keeps_all = not torch.is_grad_enabled() or policy == "never" or (policy == "auto" and in_transform())
-    if keeps_all:
+    keeps_all = policy == "never" or integration.settings.keep_dense or (policy == "auto" and in_transform())
+    if keeps_all or not torch.is_grad_enabled():
         integration.run()
     elif policy == "auto":
         budget = MemoryBudget(config.memory_budget, held.field, integration)
@@ -86,14 +83,15 @@ def _integrate(
     outputs, final = list(integration.outputs), integration.y
     error, stiffness = integration.error_sum, integration.stiffness_sum
     if not integration.done:
-        inputs = _inputs(integration, held)
+        inputs = _inputs(integration, held, recomputes=True)
         integration.error_sum = integration.stiffness_sum = None
         limit = None if isinstance(policy, str) else policy
-        more = solve_recomputing(integration, packing.field(held), inputs, limit, stats)
+        more = solve_recomputing(integration, held, inputs, limit, stats)
         if config.estimates:
             *more, more_error, more_stiffness = more
             error = more_error if error is None else error + more_error
-            stiffness = more_stiffness if stiffness is None else stiffness + more_stiffness
+            if integration.stiffness_sum is not None:
+                stiffness = more_stiffness if stiffness is None else stiffness + more_stiffness
         *more, final = more
         outputs += more
     if config.estimates:
@@ -101,11 +99,18 @@ def _integrate(
     return integration.assemble(outputs, final)
 
 
-def _inputs(integration: Loop, held: HeldField) -> list[torch.Tensor]:
+def _inputs(integration: Loop, held: HeldField, recomputes: bool) -> list[torch.Tensor]:
     """What the field depends on besides t and y; the integration goes on from here without a graph."""
     y = integration.y.detach()
+    torch.clear_autocast_cache()  # a weight cast before would hide the parameter behind it
+    drawn = torch.get_rng_state()
     inputs, slope = held.all_inputs(lambda: integration.field(integration.moment(), y))
     integration.f0 = slope
+    if recomputes and not torch.equal(drawn, torch.get_rng_state()):
+        raise UsageError(
+            "the field draws random numbers (dropout?), and recomputing a step would draw others; give "
+            "checkpoint='never', or draw them before the solve."
+        )
     return inputs
 
 
@@ -130,5 +135,5 @@ def _explained(failure: Failure, integration: Loop, packing: Packing, stats: Sta
         stiffness = abs(failure.h) * jacobian_norm(lambda x: field.field(time, x, *field.args), y)
     begun = failure.t if stats.accepted else None
     suspect = None if in_transform() else packing.unpack(failure.suspect.detach())
-    stats.diagnosis = diagnosis(failure.status, stats, begun, suspect, stiffness)
+    stats.diagnosis = diagnosis(failure.status, stats, begun, suspect, stiffness, failure.sample)
     return SolveError(stats.diagnosis, failure.status, stats)
