@@ -80,6 +80,7 @@ class RKC2:
     adaptive = True
     interpolates = True
     by_sample = False
+    stages = 2
     options = frozenset({"spectral_radius"})
 
     def __init__(self, spectral_radius: SpectralRadius | float | None = None):

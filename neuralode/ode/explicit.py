@@ -38,6 +38,8 @@ class Method(Protocol):
     order: int
     error_order: int
     adaptive: bool
+    stages: int
+    """Evaluations in a step, about."""
     by_sample: bool
     """Whether t and h may differ from sample to sample."""
     options: frozenset[str]
@@ -99,7 +101,7 @@ class RungeKutta:
         self.name, self.order, self.error_order = tableau.name, tableau.order, tableau.error_order
         self.adaptive = tableau.adaptive
         self.interpolates = tableau.interpolant_order >= tableau.order - 1
-        self.by_sample = True
+        self.by_sample, self.stages = True, len(tableau.c)
         self.options = frozenset() if tableau.adaptive else frozenset({"interp"})
         self._rows = [_nonzero(row) for row in tableau.a]
         self._inner = self._rows[1 : -1 if tableau.fsal else None]
@@ -121,7 +123,7 @@ class RungeKutta:
              complete: bool = True) -> Step:  # fmt: skip
         """One step from (t, y) of size h, f0 being f(t, y); if not `complete`, only y1 is wanted of it."""
         tableau = self.tableau
-        times = moments(t, h, self._later, y)
+        times = moments(t, h, self._later, y) if self._later else ()
         stages = [f0]
         for row, time in zip(self._inner, times, strict=False):
             stages.append(field(time, _stage(y, stages, row, h)))

@@ -60,6 +60,7 @@ class ESDIRK4:
     name = "esdirk4"
     order = error_order = 4
     adaptive = interpolates = by_sample = True
+    stages = 6
     options = frozenset[str]()
 
     def fresh(self, options: dict[str, Any]) -> Method:

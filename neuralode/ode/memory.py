@@ -32,6 +32,10 @@ class MemoryBudget:
             known[key] = _bytes_kept_by(integration.slope)
         self.each = known[key] + 2 * y.numel() * y.element_size()
 
+    def suffices(self, evaluations: float) -> bool:
+        """Whether so many evaluations keep within the budget."""
+        return evaluations * self.each <= self.budget
+
     def exhausted(self) -> bool:
         return self.integration.in_graph * self.each > self.budget
 

@@ -60,7 +60,7 @@ class RowIntegration:
         self._overflow = torch.zeros((), dtype=torch.bool, device=y.device)
         self._grew = torch.ones((), dtype=self.t.dtype, device=y.device)
 
-    def run(self, pause: Callable[[], bool] = lambda: False, on_step: Callable[[Step], None] | None = None) -> None:
+    def run(self, pause: Callable[[], bool] | None = None, on_step: Callable[[Step], None] | None = None) -> None:
         """Steps until every row has ended, or until `pause()` is true after a chunk."""
         while not self.done:
             if len(self.accepted) >= self.settings.max_steps:
@@ -73,7 +73,7 @@ class RowIntegration:
                 vars(self).update(before)
                 self._careful, self._now = True, 1
                 continue
-            if pause():
+            if pause is not None and pause():
                 self._count()
                 return
 
@@ -84,6 +84,11 @@ class RowIntegration:
     def _state(self) -> dict[str, Any]:
         """Everything that a step changes."""
         return {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
+
+    @property
+    def planned_evaluations(self) -> float:
+        """Unknown, since the errors decide."""
+        return math.inf
 
     def detach(self) -> None:
         self.y = self.y.detach()

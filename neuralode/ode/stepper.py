@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,8 +93,18 @@ class Integration:
     def done(self) -> bool:
         return self.next == len(self.clock.values)
 
-    def run(self, pause: Callable[[], bool] = lambda: False, on_step: Callable[[Step], None] | None = None) -> None:
+    @property
+    def planned_evaluations(self) -> float:
+        """Evaluations that the solve will take, where the steps are given; infinite where the errors decide."""
+        grid = self.settings.grid
+        return math.inf if grid is None else (len(grid) - 1) * self.settings.method.stages
+
+    def run(self, pause: Callable[[], bool] | None = None, on_step: Callable[[Step], None] | None = None) -> None:
         """Steps until done, or until `pause()` is true after an accepted step."""
+        settings = self.settings
+        watched = pause is not None or on_step is not None or settings.estimates or settings.keep_dense
+        if settings.grid is not None and not (watched or self.accepted or self.clock.moves):
+            self._walk(settings.grid)
         while not self.done:
             step, record = self._attempt()
             if step is None or record is None:
@@ -101,8 +112,30 @@ class Integration:
             if on_step is not None:
                 on_step(step)
             self._move(step, record)
-            if pause():
+            if pause is not None and pause():
                 return
+
+    def _walk(self, grid: list[float]) -> None:
+        """Takes the steps of a given grid, with as little as possible around the field."""
+        if len(grid) - 1 > self.settings.max_steps:
+            raise Failure(Status.MAX_STEPS, self.t, self.y, grid[1] - grid[0])
+        method, field = self.settings.method, self.field
+        graphs = field.graphs - _graphs(self.f0)
+        y, f0 = self.y, self.f0
+        for start, end in itertools.pairwise(grid):
+            self.t = start
+            record = self._record(end - start, None)
+            if f0 is None:
+                f0 = field(moment(start, y), y)
+            step = method.step(field, start, record.h, y, f0, None)
+            self.accepted.append(record)
+            if record.outputs:
+                self.outputs += self.clock.read(method, step, record, field)
+                self.next += len(record.outputs)
+            y, f0 = step.y1, step.f1
+        self.t, self.y, self.f0 = grid[-1], y, f0
+        self.in_graph += field.graphs - graphs
+        self.stats.accepted, self.stats.step_sizes = len(grid) - 1, [abs(record.h) for record in self.accepted]
 
     def detach(self) -> None:
         """Goes on from the present state without its history."""
@@ -188,6 +221,8 @@ class Integration:
         values, direction, last = self.clock.values, self.clock.direction, self.next
         end = self.t + h
         rounding = 1e-12 * max(abs(end), abs(h))
+        if (values[last] - end) * direction > rounding:
+            return Accepted(self.t, h, plan, range(self.next, self.next), False)
         while last < len(values) and (values[last] - end) * direction <= rounding:
             last += 1
         lands = last > self.next and abs(values[last - 1] - end) <= rounding

@@ -50,7 +50,7 @@ def run(
     watch = None if events is None else EventWatch(events, args, loop, packing)
     try:
         if watch is None:
-            ys = _integrate(loop, HeldField(field, args, packing), config, stats)
+            ys = _integrate(loop, field, packing, config, stats)
         else:
             loop.run(pause=watch.look)
             ys = watch.fill(ts)
@@ -67,9 +67,10 @@ def run(
     )
 
 
-def _integrate(integration: Loop, held: HeldField, config: SolverConfig, stats: Stats) -> torch.Tensor:
+def _integrate(integration: Loop, field: Field, packing: Packing, config: SolverConfig, stats: Stats) -> torch.Tensor:
     """Runs to the end under the checkpoint policy; the states [T, *shape], and the sums of estimates into `stats`."""
     if config.gradient == "adjoint" and torch.is_grad_enabled():
+        held = HeldField(field, integration.field.args, packing)
         inputs = _inputs(integration, held, recomputes=False)
         assert isinstance(integration, Integration)
         return torch.stack(solve_with_adjoint(integration, held, inputs, adjoint_settings(config, integration), stats))
@@ -78,11 +79,12 @@ def _integrate(integration: Loop, held: HeldField, config: SolverConfig, stats: 
     if keeps_all or not torch.is_grad_enabled():
         integration.run()
     elif policy == "auto":
-        budget = MemoryBudget(config.memory_budget, held.field, integration)
-        integration.run(pause=budget.exhausted)
+        budget = MemoryBudget(config.memory_budget, field, integration)
+        integration.run(pause=None if budget.suffices(integration.planned_evaluations) else budget.exhausted)
     outputs, final = list(integration.outputs), integration.y
     error, stiffness = integration.error_sum, integration.stiffness_sum
     if not integration.done:
+        held = HeldField(field, integration.field.args, packing)
         inputs = _inputs(integration, held, recomputes=True)
         integration.error_sum = integration.stiffness_sum = None
         limit = None if isinstance(policy, str) else policy

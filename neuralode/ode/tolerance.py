@@ -64,7 +64,11 @@ def to_host(x: torch.Tensor) -> float:
 
 def all_finite(x: torch.Tensor) -> bool:
     """Whether no entry is infinite or NaN."""
-    return not to_host((~torch.isfinite(x)).any().double())
+    finite = torch.isfinite(x).all()
+    try:
+        return bool(finite)
+    except RuntimeError:  # under torch.func.vmap
+        return not to_host((~finite).double())
 
 
 def in_transform() -> bool:
