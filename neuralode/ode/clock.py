@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from neuralode.ode.explicit import Evaluate, Method, Step
+from neuralode.ode.interpolants import Polynomial
 
 
 class Accepted(NamedTuple):
@@ -84,7 +85,11 @@ class Clock:
         states = []
         if inner:
             at = method.interpolant(step, field)
-            states = [at(self.fraction(output, step.t, step.h)) for output in inner]
+            fractions = [self.fraction(output, step.t, step.h) for output in inner]
+            if isinstance(at, Polynomial) and len(inner) > 2 and not self.moves:
+                states = list(at.many(fractions))
+            else:
+                states = [at(fraction) for fraction in fractions]
         return states if len(inner) == len(record.outputs) else [*states, step.y1]
 
     def fraction(self, output: int, t: Any, h: Any) -> Any:

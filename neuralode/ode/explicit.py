@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from neuralode.errors import UsageError, unknown
-from neuralode.ode.interpolants import Interpolant, hermite, increment, linear, polynomial
+from neuralode.ode.interpolants import Interpolant, Polynomial, hermite, increment, linear
 from neuralode.ode.tableaus import Tableau
 
 Evaluate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -107,6 +107,7 @@ class RungeKutta:
         self._inner = self._rows[1 : -1 if tableau.fsal else None]
         self._later = tableau.c[1:]
         self._last = _nonzero(tableau.b)
+        self._error = _nonzero(tableau.error)
 
     def fresh(self, options: dict[str, Any]) -> Method:
         """The method reading output times as the option `interp` says; it keeps nothing from step to step."""
@@ -136,14 +137,17 @@ class RungeKutta:
 
     def error(self, step: Step, field: Evaluate) -> torch.Tensor:
         tableau = self.tableau
-        error = increment(step.stages, tableau.error)
+        if not tableau.error_low:
+            (first, scale), *rest = self._error
+            slope = step.stages[first]
+            for i, weight in rest:
+                slope = torch.add(slope, step.stages[i], alpha=weight / scale)
+            return slope * (scale * step.h)
+        error, low = increment(step.stages, tableau.error), increment(step.stages, tableau.error_low)
         assert error is not None
-        if tableau.error_low:
-            low = increment(step.stages, tableau.error_low)
-            assert low is not None
-            size = error.abs()
-            error = error * (size / (size * size + 0.01 * low.abs() ** 2 + _TINY).sqrt())
-        return error * step.h
+        assert low is not None
+        size = error.abs()
+        return error * (size / (size * size + 0.01 * low.abs() ** 2 + _TINY).sqrt()) * step.h
 
     def interpolant(self, step: Step, field: Evaluate) -> Interpolant:
         tableau = self.tableau
@@ -154,7 +158,7 @@ class RungeKutta:
         stages = list(step.stages)
         for row, time in zip(tableau.dense_a, moments(step.t, step.h, tableau.dense_c, step.y0), strict=True):
             stages.append(field(time, _stage(step.y0, stages, _nonzero(row), step.h)))
-        return polynomial(step.y0, stages, tableau.interpolant, step.h)
+        return Polynomial(step.y0, stages, tableau.interpolant, step.h)
 
     def stiffness(self, step: Step) -> torch.Tensor | None:
         """‖f(y) − f(z)‖/‖y − z‖ for the last two stages at t + h (Shampine 1977; SRNODE, Pal et al. 2021)."""

@@ -10,7 +10,7 @@ import torch
 
 from neuralode.errors import UsageError
 from neuralode.ode.explicit import Evaluate, Method, Step, moment, moments
-from neuralode.ode.interpolants import Interpolant, advance, increment, polynomial
+from neuralode.ode.interpolants import Interpolant, Polynomial, advance, increment
 from neuralode.ode.tolerance import to_host
 
 GAMMA = 0.25
@@ -98,7 +98,7 @@ class ESDIRK4:
         return (error * step.h).nan_to_num(math.inf, math.inf, -math.inf)
 
     def interpolant(self, step: Step, field: Evaluate) -> Interpolant:
-        return polynomial(step.y0, step.stages, DENSE, step.h)
+        return Polynomial(step.y0, step.stages, DENSE, step.h)
 
     def stiffness(self, step: Step) -> torch.Tensor | None:
         return None

@@ -48,20 +48,31 @@ def linear(y0: torch.Tensor, y1: torch.Tensor) -> Interpolant:
     return lambda theta: y0 + theta * (y1 - y0)
 
 
-def polynomial(y0: torch.Tensor, stages: Sequence[torch.Tensor], rows: Sequence[Row], h: Any) -> Interpolant:
+class Polynomial:
     """y + h Σᵢ bᵢ(θ)kᵢ, row i holding the coefficients of θ, θ², ... of bᵢ."""
 
-    def at(theta: Any) -> torch.Tensor:
-        if isinstance(theta, torch.Tensor):
-            degrees = torch.arange(1, len(rows[0]) + 1, dtype=theta.dtype, device=theta.device)
-            table = torch.tensor(rows, dtype=theta.dtype, device=theta.device)
-            found = ((theta[..., None] ** degrees) @ table.T).unbind(-1)
-            weights: list[Any] = [weight if any(row) else 0.0 for row, weight in zip(rows, found, strict=True)]
-        else:
-            weights = [_horner(row, theta) if any(row) else 0.0 for row in rows]
-        return advance(y0, h, increment(stages, weights))
+    def __init__(self, y0: torch.Tensor, stages: Sequence[torch.Tensor], rows: Sequence[Row], h: Any):
+        self.y0, self.stages, self.rows, self.h = y0, stages, rows, h
 
-    return at
+    def __call__(self, theta: Any) -> torch.Tensor:
+        if isinstance(theta, torch.Tensor):
+            degrees = torch.arange(1, len(self.rows[0]) + 1, dtype=theta.dtype, device=theta.device)
+            table = torch.tensor(self.rows, dtype=theta.dtype, device=theta.device)
+            found = ((theta[..., None] ** degrees) @ table.T).unbind(-1)
+            weights: list[Any] = [w if any(row) else 0.0 for row, w in zip(self.rows, found, strict=True)]
+        else:
+            weights = self._weights(theta)
+        return advance(self.y0, self.h, increment(self.stages, weights))
+
+    def many(self, thetas: Sequence[float]) -> Sequence[torch.Tensor]:
+        """The states at several fractions of a step whose size is a float, in one product of matrices."""
+        weights = [[self.h * weight for weight in self._weights(theta)] for theta in thetas]
+        table = torch.tensor(weights, dtype=self.y0.dtype, device=self.y0.device)
+        stages = torch.stack(list(self.stages)).reshape(len(self.stages), -1)
+        return (self.y0 + (table @ stages).reshape(len(thetas), *self.y0.shape)).unbind()
+
+    def _weights(self, theta: float) -> list[float]:
+        return [_horner(row, theta) if any(row) else 0.0 for row in self.rows]
 
 
 def _horner(row: Row, theta: float) -> float:

@@ -35,12 +35,18 @@ class Tolerance:
 
     def ratio(self, error: torch.Tensor, y0: torch.Tensor, y1: torch.Tensor) -> float:
         """Error over tolerance; the step stands if it is at most 1."""
-        scale = torch.maximum(y0.abs(), y1.abs()) * self.rtol + self.atol
+        scale = torch.maximum(y0.abs(), y1.abs()).mul_(self.rtol).add_(self.atol)
+        if self.norm is rms:  # as below, in fewer operations
+            return to_host(torch.linalg.vector_norm(error / scale)) / math.sqrt(max(error.numel(), 1))
         return abs(to_host(self.norm(error / scale)))
 
     def first_step(self, y0: torch.Tensor, f0: torch.Tensor, order: int,
                    slope_after: Callable[[float], torch.Tensor]) -> float:  # fmt: skip
-        """A first step size (Hairer, Nørsett, Wanner, I, section II.4); `slope_after(h)` is f after an Euler step."""
+        """A first step size (Hairer, Nørsett, Wanner, I, section II.4), as torchdiffeq and DOPRI5 have it.
+
+        Args:
+            slope_after: f after an Euler step of a given size.
+        """
         scale = y0.abs() * self.rtol + self.atol
         size, slope = (abs(to_host(self.norm(x / scale))) for x in (y0, f0))
         if not (math.isfinite(size) and math.isfinite(slope)):
