@@ -124,6 +124,7 @@ def _back(adjoint: AdjointSettings, equation: _Equation, ts: torch.Tensor, y: to
     try:
         integration.run()
     except Failure as failure:
+        stats.nfe = field.nfe
         stats.method, begun = adjoint.settings.method.name, failure.t if stats.accepted else None
         message = "the adjoint solve, backwards in time: " + diagnosis(failure.status, stats, begun, None)
         raise SolveError(message, failure.status, stats) from None
