@@ -51,8 +51,8 @@ class EventWatch:
     @torch.no_grad()
     def look(self) -> bool:
         """Takes in the steps since the last look; true if every sample has met an event."""
-        for number in range(self.seen, len(self.loop.dense)):
-            piece = self.loop.dense[number]
+        for number in range(self.seen, len(self.loop.extras.dense)):
+            piece = self.loop.extras.dense[number]
             moved = torch.as_tensor(piece.h, device=self.step.device).expand(self.step.shape) != 0
             values = torch.stack(self._values(*self._at(piece, 1.0))).sign()
             crossing = (values != self.signs) & (self.signs != 0) & moved & ~self.happened
@@ -64,7 +64,7 @@ class EventWatch:
             self.step = torch.where(met, number, self.step)
             self.index = torch.where(met, first, self.index)
             self.signs = torch.where((values != 0) & moved, values, self.signs)
-        self.seen = len(self.loop.dense)
+        self.seen = len(self.loop.extras.dense)
         self.loop.finish(self.happened)
         return bool(self.happened.all())
 
@@ -92,7 +92,7 @@ class EventWatch:
         states = final
         for number in sorted(set(self.step.flatten().tolist()) - {-1}):
             here = self.step == number
-            time, state = self._locate(self.loop.dense[number], here)
+            time, state = self._locate(self.loop.extras.dense[number], here)
             times = torch.where(here, time, times)
             states = torch.where(here.reshape(self.shape), state, states)
         return times, states

@@ -11,7 +11,7 @@ import torch
 from neuralode.errors import UsageError
 from neuralode.ode.explicit import Evaluate, Method, Step, moment, moments
 from neuralode.ode.interpolants import Interpolant, Polynomial, advance, increment
-from neuralode.ode.tolerance import to_host
+from neuralode.ode.tolerance import in_transform, to_host
 
 GAMMA = 0.25
 C = (0.0, 1 / 2, 83 / 250, 31 / 50, 17 / 20, 1.0)
@@ -227,7 +227,7 @@ def _linearise(
     field: Evaluate, t: torch.Tensor, y: torch.Tensor
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """f(t, y) with its graph, and the map from a cotangent v to vᵀ∂f/∂y, all in the shape of y."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_transform():
         slope, pull, *_ = torch.func.vjp(lambda x: field(t, x), y)
         return slope, lambda v: pull(v)[0]
     # outside the transforms of torch.func, autograd takes more fields than they do, and is faster

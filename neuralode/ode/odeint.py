@@ -17,6 +17,7 @@ from neuralode.errors import UsageError
 from neuralode.ode.clock import host_values
 from neuralode.ode.eager import eager
 from neuralode.ode.methods import METHODS, check_method, takes_fixed_steps
+from neuralode.ode.observed_field import tensors
 from neuralode.ode.setup import unable
 from neuralode.ode.solution import Stats
 from neuralode.ode.solver_config import SolverConfig
@@ -95,7 +96,7 @@ def odeint_dense(func: Any, y0: Any, t0: Any, t1: Any, *, rtol: float = 1e-7, at
         UsageError: for a method or an option that the stepper does not have.
     """
     check_method(method or "dopri5")
-    like = y0[0] if isinstance(y0, tuple) else y0
+    like = tensors(y0)[0]
     t = torch.stack([torch.as_tensor(x, dtype=like.dtype.to_real(), device=like.device) for x in (t0, t1)])
     config = _served(func, y0, t, rtol, atol, method, options, "exact")
     if config is None:
@@ -112,7 +113,7 @@ def odeint_dense(func: Any, y0: Any, t0: Any, t1: Any, *, rtol: float = 1e-7, at
 def _states(func: Any, y0: Any, t: torch.Tensor, config: SolverConfig) -> Any:
     """As torchdiffeq, which returns what it has where a fixed-step method runs away."""
     stats = Stats("stepper", config.method, config.gradient)
-    return run(func, y0, t.to(_like(y0).device), (), config, stats, strict=False).ys
+    return run(func, y0, t.to(tensors(y0)[0].device), (), config, stats, strict=False).ys
 
 
 def _served(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None, options: dict[str, Any] | None,
@@ -140,14 +141,9 @@ def _served(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None
     return None if unable(config) else config
 
 
-def _like(y0: Any) -> torch.Tensor:
-    tensor: torch.Tensor = y0[0] if isinstance(y0, tuple) else y0
-    return tensor
-
-
 def _regular(y0: Any, t: Any) -> bool:
     """Whether torchdiffeq would take the state and the times, and the stepper too."""
-    parts = y0 if isinstance(y0, tuple) else (y0,)
+    parts = tensors(y0)
     if not parts or not all(isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex()) for x in parts):
         return False
     if not (isinstance(t, torch.Tensor) and t.dim() == 1 and len(t) > 1 and t.is_floating_point()):

@@ -79,7 +79,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.inputs, ctx.autocast = inputs, autocast
         results = [state.detach() for state in (*integration.outputs[before:], integration.y)]
         if ctx.settings.estimates:
-            sums = (integration.error_sum, integration.stiffness_sum)
+            sums = (integration.extras.error_sum, integration.extras.stiffness_sum)
             results += [y.real.new_zeros(()) if s is None else s.detach() for s in sums]
         # one tensor may stand for two results, and autograd wants them apart
         return tuple(result.clone() for result in results)

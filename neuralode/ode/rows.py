@@ -14,11 +14,11 @@ import torch
 
 from neuralode.errors import UsageError
 from neuralode.ode.clock import RowClock, RowStep
-from neuralode.ode.dense import DensePiece, RowDenseOutput
+from neuralode.ode.dense import RowDenseOutput
 from neuralode.ode.explicit import Step
 from neuralode.ode.packing import Packing
 from neuralode.ode.solution import Stats, Status
-from neuralode.ode.stepper import CountedField, Failure, Integration, Settings, step_estimates
+from neuralode.ode.stepper import CountedField, Extras, Failure, Integration, Settings
 
 
 class RowIntegration:
@@ -42,10 +42,8 @@ class RowIntegration:
         self.outputs: list[torch.Tensor] = []
         """Pieces of dense output: each holds for every row the state at one of its output times, or nothing."""
         self.accepted: list[RowStep] = []
-        self.dense: list[DensePiece] = []
+        self.extras = Extras()
         self.in_graph = 0
-        self.error_sum: torch.Tensor | None = None
-        self.stiffness_sum: torch.Tensor | None = None
         ones = torch.ones_like(self.t)
         self.last, self.before = ones, ones
         self._growth, self._no_growth = ones * settings.controller.max_factor, ones
@@ -83,7 +81,8 @@ class RowIntegration:
 
     def _state(self) -> dict[str, Any]:
         """Everything that a step changes."""
-        return {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
+        state = {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
+        return {**state, "extras": self.extras.copy()}
 
     @property
     def planned_evaluations(self) -> float:
@@ -158,14 +157,7 @@ class RowIntegration:
             on_step(step)
         if settings.estimates or settings.keep_dense or self._interior:
             step.t, step.h = self.clock.place(record)
-        if settings.estimates:
-            error, stiffness = step_estimates(settings.method, step, self.field)
-            self.error_sum = error if self.error_sum is None else self.error_sum + error
-            if stiffness is not None:
-                self.stiffness_sum = stiffness if self.stiffness_sum is None else self.stiffness_sum + stiffness
-        if settings.keep_dense:
-            at = settings.method.interpolant(step, self.field)
-            self.dense.append(DensePiece(record.t, record.h, step.t, step.h, at))
+        self.extras.take(settings, step, record.t, record.h, self.field)
         if self._interior:
             passed = 1 + ((self.clock.values[:, 1:-1] - t[:, None]) * self.direction[:, None] <= 0).sum(1)
             self._unread.append((len(self.accepted), step, self.next, passed))
@@ -258,7 +250,7 @@ class RowIntegration:
             self.ended = self.ended | samples
 
     def dense_output(self, packing: Packing) -> RowDenseOutput:
-        return RowDenseOutput(self.dense, self.rows, packing)
+        return RowDenseOutput(self.extras.dense, self.rows, packing)
 
     def assemble(self, pieces: list[torch.Tensor], final: torch.Tensor) -> torch.Tensor:
         """The states [T, *shape] from the pieces of dense output and the last state."""

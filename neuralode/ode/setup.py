@@ -13,14 +13,13 @@ from neuralode.errors import UsageError
 from neuralode.ode.adjoint import AdjointSettings
 from neuralode.ode.clock import Clock, RowClock, Rows, host_values
 from neuralode.ode.methods import METHODS
+from neuralode.ode.observed_field import Field
 from neuralode.ode.packing import Packing
 from neuralode.ode.rows import Loop, RowIntegration, check_rows
 from neuralode.ode.solution import State, Stats
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import CountedField, Integration, Settings
 from neuralode.ode.tolerance import Tolerance, in_transform, largest_rms, rms
-
-Field = Callable[..., Any]
 
 _OPTIONS = {
     "first_step",

@@ -48,6 +48,31 @@ class Settings:
     keep_dense: bool = False
 
 
+class Extras:
+    """What a solve keeps of its steps besides the states, if the settings ask for it: estimates and dense output."""
+
+    def __init__(self) -> None:
+        self.dense: list[DensePiece] = []
+        self.error_sum: torch.Tensor | None = None
+        self.stiffness_sum: torch.Tensor | None = None
+
+    def take(self, settings: Settings, step: Step, t: Any, h: Any, field: CountedField) -> None:
+        """Takes in an accepted step; t and h are its start and size on the frozen grid."""
+        if settings.estimates:
+            error, stiffness = step_estimates(settings.method, step, field)
+            self.error_sum = error if self.error_sum is None else self.error_sum + error
+            if stiffness is not None:
+                self.stiffness_sum = stiffness if self.stiffness_sum is None else self.stiffness_sum + stiffness
+        if settings.keep_dense:
+            self.dense.append(DensePiece(t, h, step.t, step.h, settings.method.interpolant(step, field)))
+
+    def copy(self) -> Extras:
+        """The same for a caller that may go back to this point."""
+        same = Extras()
+        same.dense, same.error_sum, same.stiffness_sum = list(self.dense), self.error_sum, self.stiffness_sum
+        return same
+
+
 class CountedField:
     """The field as the stepper calls it: with its arguments, counted, its shape checked."""
 
@@ -79,14 +104,12 @@ class Integration:
         """Index of the output time that comes next."""
         self.outputs = [y]
         self.accepted: list[Accepted] = []
-        self.dense: list[DensePiece] = []
+        self.extras = Extras()
         self.size: StepSize | None = None
         self._slope_unused = True
         self._tried_at_output = 0
         self.in_graph = 0
         """Evaluations whose graph the accepted steps hold."""
-        self.error_sum: torch.Tensor | None = None
-        self.stiffness_sum: torch.Tensor | None = None
         stats.accepted = stats.rejected = 0
 
     @property
@@ -156,7 +179,7 @@ class Integration:
         """Says that these samples, [B], need no further steps: they share theirs, so nothing changes."""
 
     def dense_output(self, packing: Packing) -> DenseOutput:
-        return DenseOutput(self.dense, packing)
+        return DenseOutput(self.extras.dense, packing)
 
     def assemble(self, pieces: list[torch.Tensor], final: torch.Tensor) -> torch.Tensor:
         """The states [T, *shape] from the output states, of which `final` is the last."""
@@ -236,14 +259,7 @@ class Integration:
         self.accepted.append(record)
         graphs = self.field.graphs
         self.outputs += self.clock.read(settings.method, step, record, self.field)
-        if settings.estimates:
-            error, stiffness = step_estimates(settings.method, step, self.field)
-            self.error_sum = error if self.error_sum is None else self.error_sum + error
-            if stiffness is not None:
-                self.stiffness_sum = stiffness if self.stiffness_sum is None else self.stiffness_sum + stiffness
-        if settings.keep_dense:
-            at = settings.method.interpolant(step, self.field)
-            self.dense.append(DensePiece(record.t, record.h, step.t, step.h, at))
+        self.extras.take(settings, step, record.t, record.h, self.field)
         if self.clock.reads_densely(record):
             self.in_graph += self.field.graphs - graphs + _graphs(step.f1)
             self._slope_unused = False

@@ -14,11 +14,12 @@ from neuralode.ode.clock import host_values
 from neuralode.ode.diagnosis import diagnosis, jacobian_norm
 from neuralode.ode.events import Event, EventWatch
 from neuralode.ode.memory import MemoryBudget
+from neuralode.ode.observed_field import Field
 from neuralode.ode.packing import Packing, has_samples
 from neuralode.ode.parameters import HeldField
 from neuralode.ode.recompute import solve_recomputing
 from neuralode.ode.rows import Loop
-from neuralode.ode.setup import Field, adjoint_settings, begin
+from neuralode.ode.setup import adjoint_settings, begin
 from neuralode.ode.solution import Events, SolveError, State, Stats, Status
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import CountedField, Failure, Integration
@@ -82,17 +83,17 @@ def _integrate(integration: Loop, field: Field, packing: Packing, config: Solver
         budget = MemoryBudget(config.memory_budget, field, integration)
         integration.run(pause=None if budget.suffices(integration.planned_evaluations) else budget.exhausted)
     outputs, final = list(integration.outputs), integration.y
-    error, stiffness = integration.error_sum, integration.stiffness_sum
+    error, stiffness = integration.extras.error_sum, integration.extras.stiffness_sum
     if not integration.done:
         held = HeldField(field, integration.field.args, packing)
         inputs = _inputs(integration, held, recomputes=True)
-        integration.error_sum = integration.stiffness_sum = None
+        integration.extras.error_sum = integration.extras.stiffness_sum = None
         limit = None if isinstance(policy, str) else policy
         more = solve_recomputing(integration, held, inputs, limit, stats)
         if config.estimates:
             *more, more_error, more_stiffness = more
             error = more_error if error is None else error + more_error
-            if integration.stiffness_sum is not None:
+            if integration.extras.stiffness_sum is not None:
                 stiffness = more_stiffness if stiffness is None else stiffness + more_stiffness
         *more, final = more
         outputs += more
