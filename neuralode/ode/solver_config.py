@@ -90,7 +90,7 @@ class SolverConfig:
         chosen = controller(self.controller)
         names = {"safety": "safety", "ifactor": "max_factor", "dfactor": "min_factor"}
         changed = {ours: float(self.options[theirs]) for theirs, ours in names.items() if theirs in self.options}
-        return replace(chosen, **changed)
+        return replace(chosen, **changed) if changed else chosen
 
 
 def _is_checkpoint(value: Any) -> bool:
