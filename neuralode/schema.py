@@ -76,6 +76,24 @@ class MonitorConfig:
     """Epochs between two phase portraits."""
     patience: int = 20
     """Validations without progress of the metric after which `callbacks=early_stopping` stops the run."""
+    flow_mode: str = "window"
+    """What `callbacks=gradient_flow` compares SGD with: `window`, `piecewise` or `global`."""
+    flow_window: int = 50
+    """Steps of a window; in the mode `global` steps between two points of the path."""
+    flow_probe: int = 1024
+    """Most training samples on which it measures."""
+    flow_defect_every: int = 25
+    """Steps between two measurements of the defect."""
+    flow_every: int = 500
+    """Steps between two measurements of sharpness, derivatives and windows."""
+    flow_budget: float | None = 0.1
+    """Share of the training's time that it may take; null for no limit."""
+    flow_rtol: float = 1e-3
+    """Tolerance of the flow."""
+    flow_plane: str = "ends"
+    """Plane of the trajectory figure: `ends` or `pca`."""
+    flow_loss_floor: float = 0.0
+    """L*, the least loss there can be, for the rate of convergence."""
 
 
 @dataclass

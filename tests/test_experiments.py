@@ -67,3 +67,14 @@ def test_moons_learns_with_every_gradient(gradient: str, solver: str, make_confi
     result = train(make_config(*overrides, output=tmp_path), tmp_path, overrides)
     assert result["metrics"]["test/accuracy"] > 0.8
     assert result["solver"]["nfe_backward"] > 0
+
+
+def test_descent_of_two_weights_loses_what_the_flow_conserves(make_config: Callable, tmp_path: Path) -> None:
+    overrides = ["+experiment=flow_two_weights"]
+    result = train(make_config(*overrides, output=tmp_path), tmp_path, overrides)
+    a, b = 2.8, 3.5
+    for _ in range(100):
+        r = a * b - 0.6
+        a, b = a - 0.05 * r * b, b - 0.05 * r * a
+    assert result["weights"] == pytest.approx({"a": a, "b": b}, rel=1e-12)
+    assert abs(a**2 - b**2) < 0.8 * 4.41

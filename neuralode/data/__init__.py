@@ -1,17 +1,19 @@
 """Data, by name; every source but OpenML works offline."""
 
-from neuralode.data.images import Digits, OpenML
+from neuralode.data.images import DigitRows, Digits, OpenML
 from neuralode.data.loader import EpochOrder, ReplayLoader
 from neuralode.data.module import ArrayData, Splits
-from neuralode.data.points import Concentric, Line, Moons
+from neuralode.data.points import Concentric, Line, Moons, OnePoint
 from neuralode.data.series import CSV, SeriesData, Spiral
 
 DATA: dict[str, type[ArrayData]] = {
     "concentric": Concentric,
     "csv": CSV,
+    "digit_rows": DigitRows,
     "digits": Digits,
     "line": Line,
     "moons": Moons,
+    "one_point": OnePoint,
     "openml": OpenML,
     "spiral": Spiral,
 }
@@ -21,10 +23,12 @@ __all__ = [
     "DATA",
     "ArrayData",
     "Concentric",
+    "DigitRows",
     "Digits",
     "EpochOrder",
     "Line",
     "Moons",
+    "OnePoint",
     "OpenML",
     "ReplayLoader",
     "SeriesData",

@@ -57,6 +57,35 @@ class Digits(ArrayData):
         )
 
 
+class DigitRows(ArrayData):
+    """Scikit-learn's 1,797 scanned digits as flat rows: [64], in [0, 1] before their means are removed, to 10 classes.
+
+    The first rows train and the rest validate and test; the feature means that are removed are those of all rows.
+
+    Args:
+        rows: number of training rows.
+        batch_size, eval_batch_size: as in ArrayData.
+    """
+
+    def __init__(self, rows: int = 1000, batch_size: int | None = None, eval_batch_size: int | None = None):
+        super().__init__(batch_size, eval_batch_size)
+        self.rows = rows
+
+    def load(self) -> Splits:
+        digits = load_digits()
+        x, y = digits.data / 16.0, digits.target
+        if not 0 < self.rows < len(x):
+            raise UsageError(f"data.rows is {self.rows}; it has to be from 1 to {len(x) - 1}; the rest is the test.")
+        x -= x.mean(0)
+        rest = _images(x[self.rows :], y[self.rows :])
+        return Splits(
+            train=_images(x[: self.rows], y[: self.rows]),
+            val=rest,
+            test=rest,
+            model_args={"features": x.shape[1], "classes": 10},
+        )
+
+
 class OpenML(ArrayData):
     """MNIST or CIFAR-10 through scikit-learn's OpenML fetcher, cached on disk; needs the extra `openml`.
 

@@ -1,4 +1,4 @@
-"""Points in the plane: made on the spot, with a fixed seed."""
+"""Points in the plane, and on the line: made on the spot, with a fixed seed."""
 
 from __future__ import annotations
 
@@ -109,3 +109,19 @@ class Line(ArrayData):
         y = 4 + 3 * x + random.randn(self.samples, 1)
         points = (standard_float(x), standard_float(y))
         return Splits(points, points, points, model_args={"features": 1, "targets": 1})
+
+
+class OnePoint(ArrayData):
+    """The single sample (x, y), as train, val and test: [1] to [1].
+
+    Args:
+        x, y: the sample.
+    """
+
+    def __init__(self, x: float = 1.0, y: float = 0.6):
+        super().__init__(batch_size=None)
+        self.x, self.y = x, y
+
+    def load(self) -> Splits:
+        point = (standard_float([[self.x]]), standard_float([[self.y]]))
+        return Splits(point, point, point, model_args={"features": 1, "targets": 1})

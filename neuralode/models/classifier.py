@@ -1,13 +1,16 @@
-"""Classifiers whose middle is a vector field, and the residual network they are compared with."""
+"""Classifiers whose middle is a vector field, the residual network they are compared with, and a plain perceptron."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from neuralode.errors import UsageError
 from neuralode.models.registry import build_field, register_model
 from neuralode.nn import ODEBlock
 from neuralode.nn.fields import activation
@@ -137,6 +140,41 @@ class ResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.body(self.stem(x)))
+
+
+@register_model("mlp")
+class MLPClassifier(nn.Sequential):
+    """A multilayer perceptron: features [B, features] or images [B, colours, H, W] to logits [B, classes].
+
+    Args:
+        classes: number of classes.
+        features: size of flat data; None where the data are images.
+        image: shape (colours, H, W) of an image; images are flattened.
+        hidden: widths of the hidden layers.
+        activation_name: activation after each of them.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        features: int | None = None,
+        image: Sequence[int] | None = None,
+        hidden: Sequence[int] = (32, 32),
+        activation_name: str = "tanh",
+    ):
+        if features is None:
+            if image is None:
+                raise UsageError("model 'mlp' needs to know features, or the shape of an image.")
+            features = math.prod(image)
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise([features, *hidden, classes]):
+            # drawn in float32 always, so that a seed gives the same network in every precision
+            layers += [nn.Linear(before, after, dtype=torch.float32), activation(activation_name)]
+        super().__init__(*layers[:-1])
+        self.to(torch.get_default_dtype())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flatten(1))
 
 
 def _pixels(image: Sequence[int], halvings: int) -> int:

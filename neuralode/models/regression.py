@@ -20,3 +20,21 @@ class LinearModel(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x)
+
+
+@register_model("two_weights")
+class TwoWeights(nn.Module):
+    """y = a·b·x: [B, 1] to [B, 1], the smallest network that is not linear in its weights.
+
+    The gradient flow of any loss conserves a² − b²; gradient descent does not.
+
+    Args:
+        a, b: where the weights start.
+    """
+
+    def __init__(self, a: float = 2.8, b: float = 3.5):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(float(a))), nn.Parameter(torch.tensor(float(b)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a * self.b * x

@@ -14,40 +14,60 @@ from neuralode.tasks.task import Measured, Task
 
 
 class Classification(Task):
-    """Cross-entropy on logits [B, classes]; reports accuracy.
+    """Classes [B] from logits [B, classes]; reports accuracy.
 
     Args:
-        label_smoothing: part of the target spread over all classes while training.
+        label_smoothing: part of the target spread over all classes while training; with `cross_entropy` alone.
+        loss: `cross_entropy`, or `squared`: ½‖logits − one-hot‖², summed over classes, mean over samples.
         model, optimizer, scheduler, ...: as in Task.
     """
 
     metric, mode = "accuracy", "max"
 
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, **task: Any):
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, loss: str = "cross_entropy", **task: Any):
         super().__init__(model, **task)
+        if loss not in ("cross_entropy", "squared"):
+            raise UsageError(unknown("task.loss", loss, ("cross_entropy", "squared")))
         if not 0 <= label_smoothing < 1:
             raise UsageError(f"task.label_smoothing is {label_smoothing}; it has to be in [0, 1).")
-        self.label_smoothing = label_smoothing
+        if label_smoothing and loss == "squared":
+            raise UsageError(f"task.label_smoothing is {label_smoothing}; with task.loss=squared it has to be 0.")
+        self.loss_name, self.label_smoothing = loss, label_smoothing
 
     def measure(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> Measured:
         x, y = batch
         logits = self(x)
-        smoothing = self.label_smoothing if stage == "train" else 0.0
-        loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
+        if self.loss_name == "squared":
+            loss = _squared(logits, F.one_hot(y, logits.shape[-1]))
+        else:
+            smoothing = self.label_smoothing if stage == "train" else 0.0
+            loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
         return {"loss": loss, "accuracy": (logits.argmax(-1) == y).float().mean()}
 
 
 class Regression(Task):
-    """Mean squared error on [B, targets]."""
+    """Squared errors on [B, targets].
+
+    Args:
+        loss: `mse`, the mean over samples and targets, or `squared`: ½‖predicted − y‖², summed over targets, mean over
+            samples.
+        model, optimizer, scheduler, ...: as in Task.
+    """
 
     metric, mode = "loss", "min"
+
+    def __init__(self, model: nn.Module, *optimisation: Any, loss: str = "mse", **task: Any):
+        super().__init__(model, *optimisation, **task)
+        if loss not in _REGRESSION_LOSSES:
+            raise UsageError(unknown("task.loss", loss, _REGRESSION_LOSSES))
+        self.loss_name = loss
 
     def measure(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> Measured:
         x, y = batch
         predicted = self(x)
         if predicted.shape != y.shape:
             raise UsageError(f"the model returns shape {tuple(predicted.shape)} for targets {tuple(y.shape)}.")
-        return {"loss": F.mse_loss(predicted, y)}
+        return {"loss": _REGRESSION_LOSSES[self.loss_name](predicted, y)}
 
 
 class TrajectoryFitting(Task):
@@ -100,11 +120,20 @@ class TrajectoryFitting(Task):
         return measured
 
 
+def _squared(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """½‖predicted − target‖² of [B, D], summed over D, mean over B: its gradient by `predicted` is the residual / B."""
+    return 0.5 * (predicted - target).square().sum(-1).mean()
+
+
 def _log_mse(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(predicted.clamp_min(1e-6).log(), target.clamp_min(1e-6).log())
 
 
-_TRAJECTORY_LOSSES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+_Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_REGRESSION_LOSSES: Mapping[str, _Loss] = {"mse": F.mse_loss, "squared": _squared}
+
+_TRAJECTORY_LOSSES: Mapping[str, _Loss] = {
     "mse": F.mse_loss,
     "mae": F.l1_loss,
     "log_mse": _log_mse,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from neuralode.data import Digits, OpenML, images
+from neuralode.data import DigitRows, Digits, OpenML, images
 from neuralode.data.images import as_images, shifted
 from neuralode.errors import UsageError
 
@@ -61,6 +61,29 @@ def test_digits_are_all_there_once() -> None:
     )
     digits = load_digits()
     assert found == sorted((tuple(map(int, row)), int(k)) for row, k in zip(digits.data, digits.target, strict=True))
+
+
+def test_digit_rows_are_the_rows_without_their_means() -> None:
+    data = DigitRows(rows=700)
+    splits, digits = data.splits, load_digits()
+    assert splits.model_args == {"features": 64, "classes": 10}
+    assert [len(split[0]) for split in (splits.train, splits.val, splits.test)] == [700, 1097, 1097]
+    assert all(torch.equal(a, b) for a, b in zip(splits.val, splits.test, strict=True))
+    x, y = (torch.cat(parts) for parts in zip(splits.train, splits.test, strict=True))
+    assert x.dtype == torch.float32
+    assert y.tolist() == digits.target.tolist(), "in their order"
+    # of all rows, not of the training rows alone
+    torch.testing.assert_close(x.mean(0), torch.zeros(64), rtol=0, atol=1e-6)
+    assert splits.train[0].mean(0).abs().max() > 1e-3
+    torch.testing.assert_close(x[5] - x[900], torch.tensor(digits.data[5] - digits.data[900]).float() / 16)
+    assert len(data.train_dataloader()) == 1
+    assert len(DigitRows().splits.train[0]) == 1000
+
+
+@pytest.mark.parametrize("rows", [-1, 0, 1797])
+def test_digit_rows_leave_some_to_test_on(rows: int) -> None:
+    with pytest.raises(UsageError, match=rf"data.rows is {rows}.*1 to 1796"):
+        DigitRows(rows).splits  # noqa: B018
 
 
 def test_held_back_part() -> None:

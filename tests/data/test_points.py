@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from neuralode.data import Concentric, Line, Moons
+from neuralode.data import Concentric, Line, Moons, OnePoint
 from neuralode.errors import UsageError
 
 
@@ -33,6 +33,17 @@ def test_line_is_looked_at_whole() -> None:
     assert splits.model_args == {"features": 1, "targets": 1}
     for split in (splits.val, splits.test):
         assert all(torch.equal(a, b) for a, b in zip(splits.train, split, strict=True))
+    assert len(data.train_dataloader()) == 1
+
+
+@pytest.mark.usefixtures("_float64")
+def test_one_point() -> None:
+    data = OnePoint(y=-0.1)
+    splits = data.splits
+    assert splits.model_args == {"features": 1, "targets": 1}
+    for split in (splits.train, splits.val, splits.test):
+        assert [part.tolist() for part in split] == [[[1.0]], [[-0.1]]]
+        assert all(part.dtype == torch.float64 for part in split)
     assert len(data.train_dataloader()) == 1
 
 

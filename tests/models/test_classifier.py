@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from neuralode.errors import UsageError
 from neuralode.models import build_model
-from neuralode.models.classifier import ConvODENet, ODEClassifier, ResNet
+from neuralode.models.classifier import ConvODENet, MLPClassifier, ODEClassifier, ResNet
 from neuralode.ode import SolverConfig
 
 RK4 = SolverConfig(method="rk4", step_size=0.5)
@@ -87,3 +88,39 @@ def test_linear_starts_at_zero() -> None:
     model = build_model("linear", {"features": 3, "targets": 2})
     assert torch.equal(model(torch.randn(4, 3)), torch.zeros(4, 2))
     assert sum(p.numel() for p in model.parameters()) == 8
+
+
+def test_mlp_is_the_plain_sequential() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10))
+    torch.manual_seed(0)
+    model = build_model("mlp", {"features": 64, "classes": 10})
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    x = torch.randn(5, 64)
+    assert torch.equal(model(x), plain(x))
+
+
+def test_mlp_of_a_seed_is_the_same_in_every_precision() -> None:
+    torch.manual_seed(0)
+    single, after = MLPClassifier(3, features=6, hidden=[4]), torch.rand(1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        double = MLPClassifier(3, features=6, hidden=[4])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.rand(1), after), "and the generator goes on from the same place"
+    assert all(p.dtype == torch.float64 for p in double.parameters())
+    assert all(torch.equal(a.double(), b) for a, b in zip(single.parameters(), double.parameters(), strict=True))
+
+
+def test_mlp_flattens_images() -> None:
+    model = MLPClassifier(3, image=[2, 4, 5], hidden=[7], activation_name="relu")
+    x = torch.randn(6, 2, 4, 5)
+    assert model(x).shape == (6, 3)
+    assert torch.equal(model(x), model(x.flatten(1)))
+    assert all(g is not None and g.abs().max() > 0 for g in grads(model, x))
+    assert [p.shape for p in MLPClassifier(3, features=2, hidden=[]).parameters()] == [(3, 2), (3,)]
+    with pytest.raises(UsageError, match="features, or the shape of an image"):
+        MLPClassifier(3)

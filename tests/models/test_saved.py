@@ -57,6 +57,8 @@ def test_round_trip(tmp_path: Path) -> None:
     ("name", "args"),
     [
         ("linear", {"features": 2}),
+        ("two_weights", {"a": 1.5}),
+        ("mlp", {"features": 2, "classes": 3, "hidden": [5]}),
         ("trajectory", {"features": 2, "scale": [1.0, 3.0], "learn_initial_state": True, "solver": SolverConfig()}),
         ("conv_ode_net", {"image": [1, 8, 8], "classes": 4, "width": 8, "solver": SolverConfig()}),
         ("resnet", {"image": [1, 8, 8], "classes": 4, "width": 8, "blocks": 1}),

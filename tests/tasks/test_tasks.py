@@ -14,7 +14,7 @@ from torch import nn
 
 from neuralode.data import EpochOrder, ReplayLoader
 from neuralode.errors import UsageError
-from neuralode.models.regression import LinearModel
+from neuralode.models.regression import LinearModel, TwoWeights
 from neuralode.models.saved import KEY
 from neuralode.tasks import TASKS, Classification, Regression, Task, TrajectoryFitting
 
@@ -76,6 +76,51 @@ def test_regression() -> None:
     # would broadcast to [2, 2] and be learned without a word
     with pytest.raises(UsageError, match=r"\(2, 1\) for targets \(2,\)"):
         task.measure((torch.zeros(2, 1), torch.zeros(2)), "train")
+
+
+def test_squared_loss_is_half_the_sum_over_outputs() -> None:
+    batch = (torch.zeros(3, 1), CLASSES)
+    task = Classification(Fixed(LOGITS), loss="squared")
+    # residuals (1, 0), (0, 0) and (4, −1)
+    for stage in ("train", "val"):
+        assert values(task.measure(batch, stage)) == pytest.approx({"loss": (1 + 0 + 17) / 2 / 3, "accuracy": 2 / 3})
+    task.measure(batch, "train")["loss"].backward()
+    torch.testing.assert_close(task.model.returned.grad * 3, torch.tensor([[1.0, 0.0], [0.0, 0.0], [4.0, -1.0]]))
+    regression = Regression(Fixed(torch.tensor([[1.0, 2.0], [0.0, 0.0]])), loss="squared")
+    targets = torch.tensor([[0.0, 5.0], [0.0, 2.0]])
+    assert values(regression.measure((torch.zeros(2, 1), targets), "train")) == {"loss": (10 + 4) / 2 / 2}
+
+
+def test_squared_loss_keeps_the_precision() -> None:
+    logits = LOGITS.double() / 3
+    found = Classification(Fixed(logits), loss="squared").measure((torch.zeros(3, 1), CLASSES), "train")["loss"]
+    assert found.dtype == torch.float64
+    error = logits - torch.eye(2).double()[CLASSES]
+    assert found.item() == pytest.approx(error.square().sum().item() / 6, rel=1e-14)
+
+
+def test_losses_that_cannot_be() -> None:
+    with pytest.raises(UsageError, match=r"unknown task.loss 'square'; did you mean 'squared'.*cross_entropy"):
+        Classification(Fixed(LOGITS), loss="square")
+    with pytest.raises(UsageError, match=r"unknown task.loss 'cross_entropy'.*mse, squared"):
+        Regression(Fixed(LOGITS), loss="cross_entropy")
+    with pytest.raises(UsageError, match=r"label_smoothing is 0.1.*task.loss=squared"):
+        Classification(Fixed(LOGITS), label_smoothing=0.1, loss="squared")
+
+
+def test_descent_on_two_weights_loses_what_the_flow_conserves() -> None:
+    lr, x, y = 0.05, 1.3, 0.6
+    model = TwoWeights().double()
+    task = Regression(model, loss="squared")
+    optimizer = torch.optim.SGD(task.parameters(), lr=lr)
+    batch = tuple(torch.tensor([[value]], dtype=torch.float64) for value in (x, y))
+    for _ in range(50):
+        a, b = model.a.item(), model.b.item()
+        optimizer.zero_grad()
+        task.measure(batch, "train")["loss"].backward()
+        optimizer.step()
+        factor = 1 - (lr * (a * b * x - y) * x) ** 2
+        assert model.a.item() ** 2 - model.b.item() ** 2 == pytest.approx(factor * (a**2 - b**2), rel=1e-12, abs=1e-12)
 
 
 TIMES = torch.tensor([0.0, 1.0, 2.0, 3.0])

@@ -1,0 +1,60 @@
+"""The monitor's pictures, from what it measured."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from neuralode.callbacks.gradient_flow.log import CLOSED_FORM, DESCENT, FLOW, FlowLog
+from neuralode.callbacks.gradient_flow.modes import Paths
+from neuralode.gradient_flow import GradientField, Plane, plane
+
+_NAMES = {"sgd": "SGD", FLOW: "gradient flow", DESCENT: "descent on the probe", CLOSED_FORM: "closed form"}
+_GRID, _FINE = 9, 65
+"""Losses evaluated along each side of the contours, and points after smooth interpolation."""
+
+
+def draw(log: FlowLog, step: int, paths: Paths | None, field: GradientField, kind: str) -> None:
+    """Draws what there is: the trajectory, the curves over flow time, sharpness against threshold, the gauge."""
+    from neuralode.viz import gradient_flow as viz  # matplotlib, only when something is drawn
+
+    if paths is not None and len(paths.steps) > 1:
+        span = f"steps {paths.steps[0]} to {paths.steps[-1]}"
+        thetas = {name: torch.stack(path) for name, path in paths.thetas.items()}
+        order = ["sgd", FLOW, *(name for name in thetas if name not in ("sgd", FLOW))]
+        found = plane([thetas[name] for name in order], kind)
+        flat = {_NAMES[name]: found.project(thetas[name]).cpu().numpy() for name in order}
+        trajectory = viz.trajectory_figure(flat, contours(field, found, flat), found.explained, f"θ, {span}")
+        log.figure(step, "trajectory", trajectory)
+        losses = {_NAMES[name]: np.array(paths.losses[name]) for name in order}
+        distances = {_NAMES[name]: np.array(values) for name, values in paths.distances.items()}
+        log.figure(step, "curves", viz.curves_figure(np.array(paths.s), losses, distances, span))
+    steps, sharpness = log.series("flow/sharpness")
+    if steps:
+        _, threshold = log.series("flow/threshold")
+        edge = viz.edge_figure(np.array(steps), np.array(sharpness), np.array(threshold), "edge of stability")
+        log.figure(step, "edge", edge)
+        log.figure(step, "gauge", viz.gauge_figure(sharpness[-1] / threshold[-1], f"stability at step {steps[-1]}"))
+
+
+def contours(field: GradientField, found: Plane, flat: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Losses on a grid in the plane that holds the paths: x [nx], y [ny], loss [ny, nx]."""
+    points = np.concatenate(list(flat.values()))
+    low, high = points.min(0), points.max(0)
+    # a window that is not a slit, for the loss around the paths is what the picture shows
+    middle, half = (low + high) / 2, np.maximum((high - low) * 0.65, 0.2 * (high - low).max() + 1e-12)
+    axes = [torch.linspace(m - h, m + h, _GRID, dtype=torch.float64) for m, h in zip(middle, half, strict=True)]
+    grid = torch.cartesian_prod(*axes).reshape(_GRID, _GRID, 2).transpose(0, 1)
+    with field.borrowed():
+        rows = [[float(field.loss(found.lift(point.to(found.origin)))) for point in row] for row in grid]
+    coarse = torch.tensor(rows, dtype=torch.float64)
+    if torch.isfinite(coarse).all():
+        shape = (_FINE, _FINE)
+        fine = F.interpolate(coarse[None, None], shape, mode="bicubic", align_corners=True)[0, 0]
+        coarse = fine.clamp(float(coarse.min()) * (0.5 if coarse.min() > 0 else 1.5), math.inf)
+        axes = [torch.linspace(float(a[0]), float(a[-1]), _FINE, dtype=torch.float64) for a in axes]
+    return axes[0].numpy(), axes[1].numpy(), coarse.numpy()

@@ -1,0 +1,137 @@
+"""Keeps measurements within a share of a run's wall time, by stretching their cadences."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from neuralode.errors import UsageError
+
+
+class Governor:
+    """Decides at each training step which measurement is due and can be afforded.
+
+    Each kind of measurement has a cadence in steps and a weight. Of those that are due, the one that has had the least
+    time for its weight is next; it waits until all measurements together, its expected cost included, stay within
+    the budget, and meanwhile no other goes before it. So the dear ones are stretched, not starved.
+
+    Args:
+        cadences: steps between two measurements of a kind.
+        weights: share of the budget, relative to the others.
+        budget: share of wall time for all measurements; None for no limit.
+        clock: seconds.
+    """
+
+    def __init__(self, cadences: Mapping[str, int], weights: Mapping[str, float], budget: float | None,
+                 clock: Callable[[], float] = time.perf_counter):  # fmt: skip
+        for kind, cadence in cadences.items():
+            if cadence < 1:
+                raise UsageError(f"the cadence of {kind} is {cadence}; it has to be at least 1.")
+        if budget is not None and not budget > 0:
+            raise UsageError(
+                f"monitor.flow_budget is {budget}; give a share of wall time above 0, or null for no limit."
+            )
+        self.cadences, self.weights, self.budget, self._clock = dict(cadences), weights, budget, clock
+        self._next = dict.fromkeys(cadences, 0)
+        self._spent = dict.fromkeys(cadences, 0.0)
+        self._cost = dict.fromkeys(cadences, 0.0)
+        self._count = dict.fromkeys(cadences, 0)
+        self._first = dict.fromkeys(cadences, 0)
+        self._last = dict.fromkeys(cadences, 0)
+        self._earlier = 0.0
+        self._started = clock()
+
+    @property
+    def wall(self) -> float:
+        """Seconds of training so far, measurements and earlier parts of a resumed run included."""
+        return self._earlier + self._clock() - self._started
+
+    @property
+    def spent(self) -> float:
+        """Seconds of all measurements."""
+        return sum(self._spent.values())
+
+    @property
+    def overhead(self) -> float:
+        """Measurements over training without them."""
+        return self.spent / max(self.wall - self.spent, 1e-9)
+
+    def start(self) -> None:
+        """Starts the wall clock."""
+        self._started = self._clock()
+
+    def expect(self, kind: str, seconds: float) -> None:
+        """What a measurement that has not been made yet will cost."""
+        if not self._count[kind]:
+            self._cost[kind] = seconds
+
+    def choose(self, step: int, kinds: set[str]) -> str | None:
+        """The measurement to make next at this step, out of those that can be made."""
+        due = [kind for kind in self.cadences if step >= self._next[kind] and kind in kinds]
+        if not due:
+            return None
+        kind = min(due, key=lambda k: self._spent[k] / self.weights[k])
+        return kind if self._affords(self.spent + self._cost[kind], 1.0) else None
+
+    def allows(self, kind: str, step: int) -> bool:
+        """Whether a measurement that cannot wait for its turn is due and within its own part of the budget."""
+        part = self.weights[kind] / sum(self.weights.values())
+        return step >= self._next[kind] and self._affords(self._spent[kind] + self._cost[kind], part)
+
+    def _affords(self, seconds: float, part: float) -> bool:
+        # the budget is a share of training without the measurements
+        return self.budget is None or seconds <= part * self.budget * max(self.wall - self.spent, 0.0)
+
+    @contextlib.contextmanager
+    def measuring(self, kind: str, step: int, ends: bool = True) -> Iterator[None]:
+        """Counts a block as time of a kind; if it `ends` a measurement, the next is due a cadence later."""
+        _synchronise()
+        began = self._clock()
+        try:
+            yield
+        finally:
+            _synchronise()
+            seconds = self._clock() - began
+            self._spent[kind] += seconds
+            if ends:
+                self._cost[kind] = seconds
+                if not self._count[kind]:
+                    self._first[kind] = step
+                self._count[kind] += 1
+                self._last[kind] = step
+                self._next[kind] = step + self.cadences[kind]
+
+    def cadences_reached(self) -> dict[str, float]:
+        """Mean steps between two measurements, of those kinds that were made at least twice."""
+        return {
+            kind: (self._last[kind] - self._first[kind]) / (count - 1)
+            for kind, count in self._count.items()
+            if count > 1
+        }
+
+    def report(self) -> str:
+        """Overhead and cadences in words."""
+        reached = self.cadences_reached()
+        parts = [f"{kind} every {reached[kind]:.0f} steps (asked: {self.cadences[kind]})" for kind in reached]
+        parts += [f"{kind} {count} time" for kind, count in self._count.items() if count == 1]
+        parts += [f"{kind} never" for kind, count in self._count.items() if count == 0]
+        return f"{100 * self.overhead:.1f} % of the training's time; {', '.join(parts)}"
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("_next", "_spent", "_cost", "_count", "_first", "_last")
+        return {"wall": self.wall, **{name: dict(getattr(self, name)) for name in names}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._earlier, self._started = state["wall"], self._clock()
+        for name, value in state.items():
+            if name != "wall":
+                getattr(self, name).update(value)
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -1,0 +1,251 @@
+"""The paths that the monitor compares: SGD as it ran, the flow, and the optimiser on the probe batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from neuralode.callbacks.gradient_flow.log import CLOSED_FORM, DESCENT, FLOW
+from neuralode.gradient_flow import (
+    GradientField,
+    OptimizerFlow,
+    OptimizerState,
+    Replica,
+    Sharpness,
+    UpdateRule,
+    follow,
+)
+from neuralode.gradient_flow.quadratic import Quadratic, quadratic
+
+MODES = ("window", "piecewise", "global")
+READS = 10
+"""Parts of a window at whose ends the paths are compared."""
+_MOST_POINTS = 32
+"""Points of a global path whose weights are kept."""
+
+
+@dataclass
+class Paths:
+    """Weights along the paths that start together, at the same moments."""
+
+    steps: list[int] = field(default_factory=list)
+    """Training steps, [T]."""
+    s: list[float] = field(default_factory=list)
+    """Flow times, [T]."""
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    """On the probe, [T] for `sgd`, the flow and the others."""
+    distances: dict[str, list[float]] = field(default_factory=dict)
+    """Distance of each other path from the flow, [T]."""
+    gone: list[float] = field(default_factory=list)
+    """Distance of the flow from the start, [T]."""
+    thetas: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """Weights [P] for the picture: both ends, and between them where the path turns."""
+
+    def add(self, step: int, s: float, thetas: Mapping[str, torch.Tensor], losses: Mapping[str, float]) -> None:
+        self.steps.append(step)
+        self.s.append(s)
+        for name, theta in thetas.items():
+            self.thetas.setdefault(name, []).append(theta)
+            self.losses.setdefault(name, []).append(losses[name])
+            if name != FLOW:
+                self.distances.setdefault(name, []).append(_distance(theta, thetas[FLOW]))
+        self.gone.append(_distance(thetas[FLOW], self.thetas[FLOW][0]))
+        path = self.thetas["sgd"]
+        if len(path) > _MOST_POINTS:  # the point goes that the picture misses least
+            least = min(range(1, len(path) - 1), key=lambda i: _distance(path[i - 1], path[i + 1]))
+            for points in self.thetas.values():
+                del points[least]
+
+
+@dataclass
+class Settings:
+    """What the modes share."""
+
+    field: GradientField
+    """On the probe."""
+    rtol: float
+    sharpness: Sharpness
+    """Of the flow's own states, apart from that of the run."""
+    on_batches: Any
+    """Makes a GradientField of a list of batches."""
+
+    def losses(self, thetas: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        return {name: float(self.field.loss(theta)) for name, theta in thetas.items()}
+
+
+class Window:
+    """Flow and optimiser restart from the weights and the optimiser's state of a step, and run beside W steps of SGD.
+
+    In the mode `piecewise` the flow follows the minibatches of SGD in their order, each for its own η, so that what is
+    left between the two is discretisation alone; else it follows the probe.
+    """
+
+    def __init__(self, length: int, piecewise: bool):
+        self.length, self.piecewise = length, piecewise
+        self.active = False
+        self._start, self._s, self._lrs = 0, 0.0, []  # type: int, float, list[list[float]]
+        self._thetas: list[torch.Tensor] = []
+        self._reads: list[int] = []
+        self._batches: list[Any] = []
+        self._state: OptimizerState | None = None
+
+    def begin(self, step: int, s: float, theta: torch.Tensor, state: OptimizerState) -> None:
+        self.active, self._start, self._s, self._state = True, step, s, state
+        self._lrs, self._thetas, self._reads, self._batches = [], [theta], [0], []
+
+    def observe(self, lrs: list[float], theta: Any, batches: list[Any]) -> bool:
+        """Takes in a step of training; true when the window is full. `theta` gives the weights when called."""
+        self._lrs.append(lrs)
+        if self.piecewise:
+            self._batches.append(batches)
+        k = len(self._lrs)
+        if k % max(1, self.length // READS) == 0 or k == self.length:
+            self._reads.append(k)
+            self._thetas.append(theta())
+        return k >= self.length
+
+    def finish(self, settings: Settings, rules: Sequence[UpdateRule]) -> Paths | None:
+        """Computes the flow and the replica; None if the window has no step yet."""
+        self.active = False
+        reads, state = self._reads, self._state
+        if len(reads) < 2 or state is None:
+            return None
+        start = self._thetas[0]
+        lrs = self._lrs[: reads[-1]]
+        paths = {"sgd": self._thetas}
+        if self.piecewise:
+            paths[FLOW] = self._follow_pieces(settings, rules, state, lrs)
+        else:
+            dynamics = OptimizerFlow(settings.field, rules, state, lrs)
+            found = follow(dynamics, dynamics.start(start), reads, rtol=settings.rtol, sharpness=settings.sharpness)
+            paths[FLOW] = list(found.thetas)
+            paths[DESCENT] = _descent(settings.field, start, state, lrs, reads)
+        times = [self._s + sum(row[0] for row in lrs[:k]) for k in reads]
+        if not self.piecewise and (known := closed_form(settings.field, start, rules, lrs)):
+            paths[CLOSED_FORM] = list(known.flow(torch.tensor(times, dtype=torch.float64) - self._s))
+        result = Paths()
+        for i, k in enumerate(reads):
+            thetas = {name: path[i] for name, path in paths.items()}
+            result.add(self._start + k, times[i], thetas, settings.losses(thetas))
+        return result
+
+    def _follow_pieces(
+        self, settings: Settings, rules: Sequence[UpdateRule], state: OptimizerState, lrs: list[list[float]]
+    ) -> list[torch.Tensor]:
+        path, z, last = [self._thetas[0]], None, None
+        for k, row in enumerate(lrs):
+            dynamics = OptimizerFlow(settings.on_batches(self._batches[k]), rules, state, [row], state.steps + k)
+            z = dynamics.start(self._thetas[0]) if z is None else z
+            piece = follow(dynamics, z, [0, 1], method="bosh3", rtol=settings.rtol, first_step=last or 1.0)
+            z, last = piece.end, piece.last_step
+            if k + 1 in self._reads:
+                path.append(z[0])
+        return path
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.active or self._state is None:
+            return {"active": False}
+        return {
+            "active": True, "start": self._start, "s": self._s, "lrs": self._lrs, "thetas": self._thetas,
+            "reads": self._reads, "batches": self._batches, "state": self._state.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, saved: Mapping[str, Any], optimizer: type[torch.optim.Optimizer]) -> None:
+        if saved["active"]:
+            self.begin(saved["start"], saved["s"], saved["thetas"][0], OptimizerState(optimizer, **saved["state"]))
+            self._lrs, self._thetas = saved["lrs"], list(saved["thetas"])
+            self._reads, self._batches = saved["reads"], saved["batches"]
+
+
+class Global:
+    """The flow from the first weights, next to the whole run; it is taken further every so many steps."""
+
+    def __init__(self) -> None:
+        self.paths = Paths()
+        self._z: torch.Tensor | None = None
+        self._steps = 0.0
+        """Steps of the optimiser that the flow has followed."""
+        self._state: OptimizerState | None = None
+        self._lrs: list[list[float]] = []
+        self._last_step: float | None = None
+        self._known: Quadratic | None = None
+
+    @property
+    def behind(self) -> int:
+        """Steps that the flow has still to follow."""
+        return len(self._lrs)
+
+    def begin(self, step: int, s: float, theta: torch.Tensor, state: OptimizerState, settings: Settings,
+              rules: Sequence[UpdateRule]) -> None:  # fmt: skip
+        self._state, self._steps, self._z = state, state.steps, None
+        self._known = closed_form(settings.field, theta, rules, [[rule.lr for rule in rules]])
+        thetas = {"sgd": theta, FLOW: theta} | ({CLOSED_FORM: theta} if self._known else {})
+        self.paths.add(step, s, thetas, settings.losses(thetas))
+
+    def observe(self, lrs: list[float]) -> None:
+        self._lrs.append(lrs)
+
+    def advance(
+        self, step: int, s: float, theta: torch.Tensor, settings: Settings, rules: Sequence[UpdateRule]
+    ) -> None:
+        """Follows the steps since the last call."""
+        if not self._lrs or self._state is None:
+            return
+        dynamics = OptimizerFlow(settings.field, rules, self._state, self._lrs, self._steps)
+        z = dynamics.start(self.paths.thetas[FLOW][-1]) if self._z is None else self._z
+        found = follow(
+            dynamics,
+            z,
+            [0, len(self._lrs)],
+            rtol=settings.rtol,
+            sharpness=settings.sharpness,
+            first_step=self._last_step,
+        )
+        self._z, self._steps, self._last_step = found.end, self._steps + len(self._lrs), found.last_step
+        self._lrs = []
+        thetas = {"sgd": theta, FLOW: found.end[0]}
+        if self._known is not None:
+            thetas[CLOSED_FORM] = self._known.flow(torch.tensor([s - self.paths.s[0]], dtype=torch.float64))[0]
+        self.paths.add(step, s, thetas, settings.losses(thetas))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "paths": dict(vars(self.paths)), "z": self._z, "steps": self._steps, "lrs": self._lrs,
+            "last_step": self._last_step, "state": None if self._state is None else self._state.state_dict(),
+            "known": None if self._known is None else dict(vars(self._known)),
+        }  # fmt: skip
+
+    def load_state_dict(self, saved: Mapping[str, Any], optimizer: type[torch.optim.Optimizer]) -> None:
+        self.paths = Paths(**saved["paths"])
+        self._z, self._steps, self._lrs = saved["z"], saved["steps"], saved["lrs"]
+        self._last_step = saved["last_step"]
+        self._state = None if saved["state"] is None else OptimizerState(optimizer, **saved["state"])
+        self._known = None if saved["known"] is None else Quadratic(**saved["known"])
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(a - b))
+
+
+def _descent(field: GradientField, start: torch.Tensor, state: OptimizerState, lrs: list[list[float]],
+             reads: Sequence[int]) -> list[torch.Tensor]:  # fmt: skip
+    replica, path = Replica(start, state), [start]
+    theta = start
+    with field.borrowed():
+        for k, row in enumerate(lrs):
+            theta = replica.step(field.gradient(theta), row)
+            if k + 1 in reads:
+                path.append(theta)
+    return path
+
+
+def closed_form(
+    field: GradientField, theta: torch.Tensor, rules: Sequence[UpdateRule], lrs: Sequence[Sequence[float]]
+) -> Quadratic | None:
+    """The closed form of the flow, where the loss is a quadratic in few weights and the optimiser is plain SGD."""
+    plain = all(rule.kind == "sgd" and not rule.momentum and not rule.weight_decay for rule in rules)
+    one_rate = all(len(set(row)) == 1 for row in lrs)
+    return quadratic(field, theta) if plain and one_rate and field.transform is None else None

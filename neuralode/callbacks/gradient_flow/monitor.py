@@ -1,0 +1,406 @@
+"""The continuous-time trajectory of training, next to the steps of SGD."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from neuralode.callbacks.gradient_flow.figures import draw
+from neuralode.callbacks.gradient_flow.governor import Governor
+from neuralode.callbacks.gradient_flow.log import FLOW, FlowLog
+from neuralode.callbacks.gradient_flow.modes import MODES, Global, Paths, Settings, Window
+from neuralode.callbacks.gradient_flow.probe import Loss, mean_loss, probe_batch, training_loss, unable
+from neuralode.callbacks.gradient_flow.words import formula, in_words, name_of
+from neuralode.errors import UsageError, unknown
+from neuralode.gradient_flow import GradientField, Sharpness, capture, derivatives, stability, update_rules
+from neuralode.gradient_flow.frozen import flatten
+from neuralode.gradient_flow.plane import PLANES
+from neuralode.gradient_flow.update_rule import moving
+
+_WEIGHTS = {"defect": 1.0, "sharpness": 2.0, "derivatives": 1.0, "paths": 3.0, "figures": 1.0}
+_GRADIENTS = {"defect": 2, "sharpness": 24, "derivatives": 5, "paths": 80, "figures": 40}
+"""What a measurement costs before it has been made, in gradients on the probe."""
+
+
+class GradientFlowMonitor(pl.Callback):
+    """Shows how far training has departed from the gradient flow that it discretises, how fast it should converge, and
+    how close it is to the edge of stability. For any LightningModule with one optimiser: SGD, Adam or AdamW.
+
+    Training is bit for bit what it is without the monitor. What it measures goes to TensorBoard under `flow/`, the
+    flow's own curves into sub-runs under the same tags, and as CSV and PNG into the folder. Should it fail, it warns
+    once and switches itself off.
+
+    Args:
+        folder: of the CSV and PNG files.
+        mode: `window`, the flow of the probe's loss restarts now and then and runs beside so many steps of SGD;
+            `piecewise`, the flow follows the minibatches of SGD, each for its own η; `global`, the flow from the first
+            weights on runs next to the whole run.
+        window: steps of a window; in the mode `global` steps between two points of the path.
+        probe: at most so many training samples are the batch on which all but the defect is measured.
+        defect_every: steps between two measurements of the defect.
+        every: steps between two measurements of sharpness, derivatives and windows.
+        budget: share of the training's time that all this may take, kept by stretching the cadences; None for no limit.
+        rtol: tolerance of the flow.
+        plane: `ends` or `pca`, the plane of the trajectory figure.
+        loss_floor: L*, the least loss there can be, for the rate of convergence.
+        loss_fn: (module, batch) to the loss; what the training step minimises if not given.
+    """
+
+    def __init__(
+        self, folder: str, mode: str = "window", window: int = 50, probe: int = 1024, defect_every: int = 25,
+        every: int = 500, budget: float | None = 0.1, rtol: float = 1e-3, plane: str = "ends", loss_floor: float = 0.0,
+        loss_fn: Loss | None = None,
+    ):  # fmt: skip
+        if mode not in MODES:
+            raise UsageError(unknown("monitor.flow_mode", mode, MODES))
+        if plane not in PLANES:
+            raise UsageError(unknown("monitor.flow_plane", plane, PLANES))
+        for name, value in (("window", window), ("probe", probe)):
+            if value < 1:
+                raise UsageError(f"monitor.flow_{name} is {value}; it has to be at least 1.")
+        if not rtol > 0:
+            raise UsageError(f"monitor.flow_rtol is {rtol}; it has to be a positive number.")
+        self.folder, self.mode, self.plane = Path(folder), mode, plane
+        self.samples, self.rtol, self.loss_floor, self.loss_fn = probe, rtol, loss_floor, loss_fn or training_loss
+        paths = window if mode == "global" else every
+        cadences = {
+            "defect": defect_every,
+            "sharpness": every,
+            "derivatives": every,
+            "paths": paths,
+            "figures": 10 * every,
+        }
+        self.governor = Governor(cadences, _WEIGHTS, budget)
+        self.sharpness, self.flow_sharpness = Sharpness(), Sharpness()
+        self.window = Window(window, mode == "piecewise")
+        self.globally = Global()
+        self.summary: dict[str, float] = {}
+        """Figures for the run's result."""
+        self.paths: Paths | None = None
+        """The last window, or the whole run."""
+        self._s = 0.0
+        self._seen = -1
+        self._edge: list[tuple[int, float]] = []
+        """Steps and sharpnesses of the last measurements."""
+        self._falls: list[tuple[int, float]] = []
+        """Steps and losses on the probe of the last measurements."""
+        self._batches: list[Any] = []
+        self._lrs: list[float] = []
+        self._before: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._trusts_training_gradient: bool | None = None
+        self._off = False
+        self._log: FlowLog | None = None
+        self._settings: Settings | None = None
+        self._batch: Any = None
+        self._loaded: Mapping[str, Any] | None = None
+
+    # --- hooks -------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._off = not trainer.is_global_zero or bool(getattr(trainer, "fast_dev_run", False))
+        self._guarded(trainer, self._begin, trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        self._guarded(trainer, self._note_gradient, trainer, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        self._guarded(trainer, self._after_batch, trainer, pl_module, batch)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._guarded(trainer, self._finish, trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._log is not None:
+            self._log.close()
+        self._log = self._settings = self._batch = None
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._off or self._settings is None:
+            return dict(self._loaded or {})
+        return {
+            "s": self._s, "edge": self._edge, "falls": self._falls, "batch": self._batch, "mode": self.mode,
+            "governor": self.governor.state_dict(), "sharpness": self.sharpness.state_dict(),
+            "flow_sharpness": self.flow_sharpness.state_dict(), "window": self.window.state_dict(),
+            "global": self.globally.state_dict(), "summary": dict(self.summary),
+            "trusts": self._trusts_training_gradient,
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict
+
+    # --- what they do ------------------------------------------------------------------------------------------------
+
+    def _guarded(self, trainer: pl.Trainer, action: Callable[..., None], *args: Any) -> None:
+        """The monitor never stops a training run."""
+        if self._off:
+            return
+        try:
+            action(*args)
+        except Exception as error:
+            self._off = True
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            rank_zero_warn(f"the gradient-flow monitor is switched off in step {trainer.global_step}: {reason}")
+
+    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        reason = unable(trainer, module)
+        if reason:
+            raise UsageError(f"this training cannot be monitored: {reason}.")
+        update_rules(self._optimizer(trainer))
+        resumed = self._loaded if self._loaded and self._loaded.get("mode") == self.mode else None
+        self._seen = trainer.global_step
+        self._log = FlowLog(trainer, self.folder, trainer.global_step if resumed else None)
+        self.governor.start()
+        self._batch = resumed["batch"] if resumed else probe_batch(trainer, module, self.samples)
+        if resumed:
+            self._restore(resumed, type(self._optimizer(trainer)))
+        if self._batch is not None:
+            self._prepare(trainer, module)
+
+    def _restore(self, saved: Mapping[str, Any], optimizer: type[torch.optim.Optimizer]) -> None:
+        self._s, self._trusts_training_gradient = saved["s"], saved["trusts"]
+        self._edge = [tuple(pair) for pair in saved["edge"]]
+        self._falls = [tuple(pair) for pair in saved["falls"]]
+        self.summary = dict(saved["summary"])
+        for name in ("governor", "sharpness", "flow_sharpness"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.window.load_state_dict(saved["window"], optimizer)
+        self.globally.load_state_dict(saved["global"], optimizer)
+
+    def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Once the probe is known."""
+        weights = [p for group in moving(self._optimizer(trainer)) for p in group]
+        loss, clip = mean_loss(self.loss_fn), _clipping(trainer)
+
+        def on_batches(batches: list[Any]) -> GradientField:
+            return GradientField(module, loss, batches, weights, seed=self._seed, transform=clip)
+
+        field = on_batches([self._batch])
+        self._settings = Settings(field, self.rtol, self.flow_sharpness, on_batches)
+        began = time.perf_counter()
+        with self.governor.measuring("defect", 0, ends=False):
+            field.gradient(field.theta)
+        seconds = time.perf_counter() - began
+        for kind, count in _GRADIENTS.items():
+            self.governor.expect(kind, count * seconds)
+        if self.mode == "global" and not self.globally.paths.steps:
+            optimizer = self._optimizer(trainer)
+            with self.governor.measuring("paths", trainer.global_step):
+                self.globally.begin(
+                    trainer.global_step,
+                    self._s,
+                    field.theta,
+                    capture(optimizer),
+                    self._settings,
+                    update_rules(optimizer),
+                )
+
+    def _note_gradient(self, trainer: pl.Trainer, optimizer: Any) -> None:
+        """Before a step: its learning rates, and the gradient that it takes, before clipping."""
+        groups = optimizer.param_groups
+        self._lrs = [float(group["lr"]) for group in groups]
+        weights = [p for group in groups for p in group["params"] if p.requires_grad]
+        if self._settings is not None and self.governor.allows("defect", trainer.global_step):
+            with self.governor.measuring("defect", trainer.global_step, ends=False):
+                self._before = (flatten(weights, weights), flatten([p.grad for p in weights], weights))
+        every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if self._log is not None and trainer.global_step % every == 0:
+            square = sum(float(p.grad.square().sum()) for p in weights if p.grad is not None)
+            self._log.scalars(trainer.global_step, {"flow/time": self._s, "flow/rate": self._lrs[0] * square})
+
+    def _after_batch(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+        self._batches.append(batch)
+        if trainer.global_step == self._seen:  # gradients are being accumulated
+            return
+        batches, self._batches, self._seen = self._batches, [], trainer.global_step
+        self._s += self._lrs[0]
+        if self._settings is None:
+            self._batch = batch
+            self._prepare(trainer, module)
+        self._observe(trainer, batches)
+        if self._before is not None:
+            with self.governor.measuring("defect", self._seen - 1):
+                self._measure_defect(trainer, batches)
+        while (kind := self.governor.choose(self._seen, self._kinds())) is not None:
+            begins = kind == "paths" and self.mode != "global"
+            with self.governor.measuring(kind, self._seen, ends=not begins):
+                {
+                    "sharpness": self._measure_sharpness,
+                    "derivatives": self._measure_derivatives,
+                    "paths": self._begin_window if begins else self._advance,
+                    "figures": self._draw,
+                }[kind](trainer)
+
+    def _kinds(self) -> set[str]:
+        kinds = set(_WEIGHTS) - {"defect"}
+        if self.window.active or (self.mode == "global" and not self.globally.behind):
+            kinds.discard("paths")
+        if self.paths is None and not self._edge:
+            kinds.discard("figures")
+        return kinds
+
+    def _observe(self, trainer: pl.Trainer, batches: list[Any]) -> None:
+        if self.mode == "global":
+            self.globally.observe(self._lrs)
+        elif self.window.active and self.window.observe(self._lrs, lambda: self._field.theta, batches):
+            with self.governor.measuring("paths", self._seen):
+                self._finish_window(trainer)
+
+    def _measure_defect(self, trainer: pl.Trainer, batches: list[Any]) -> None:
+        """η/2 ‖g(θ⁺) − g(θ)‖ on the batch of the step, which is the leading error of the step."""
+        assert self._before is not None
+        assert self._settings is not None
+        (before, known), self._before = self._before, None
+        field = self._settings.on_batches(batches)
+        field.transform = None
+        theta = field.theta
+        with field.borrowed():
+            after = field.gradient(theta)
+            if not self._trusts_training_gradient:
+                ours = field.gradient(before)
+                if self._trusts_training_gradient is None:
+                    # not so with dropout, with batch norm, or where processes share a batch
+                    apart = torch.linalg.vector_norm(ours - known)
+                    self._trusts_training_gradient = bool(apart <= 1e-3 * torch.linalg.vector_norm(ours))
+                known = ours
+        moved, change = theta - before, after - known
+        size = float(torch.linalg.vector_norm(moved))
+        defect = self._lrs[0] / 2 * float(torch.linalg.vector_norm(change))
+        values = {"flow/defect": defect}
+        if size > 0:
+            values |= {"flow/defect_relative": defect / size, "flow/kappa": float(moved @ change) / size**2}
+        self._write(values)
+
+    def _measure_sharpness(self, trainer: pl.Trainer) -> None:
+        optimizer, field = self._optimizer(trainer), self._field
+        rules, theta = update_rules(optimizer), field.theta
+        found = stability(field, theta, rules, capture(optimizer), self.sharpness)
+        loss, gradient = field.loss_and_gradient(theta)
+        steps_to_edge = math.inf
+        if self._edge:
+            step, last = self._edge[-1]
+            pace = (found.sharpness - last) / max(self._seen - step, 1)
+            if pace > 0 and found.ratio < 1:
+                steps_to_edge = (found.threshold - found.sharpness) / pace
+        fall = math.nan
+        if self._falls:
+            step, before = self._falls[-1]
+            fall = (before - float(loss)) / max(self._seen - step, 1)
+        self._edge = [*self._edge[-1:], (self._seen, found.sharpness)]
+        self._falls = [*self._falls[-1:], (self._seen, float(loss))]
+        values = {
+            "flow/sharpness": found.sharpness, "flow/threshold": found.threshold, "flow/stability": found.ratio,
+            "flow/overhead": self.governor.overhead,
+        }  # fmt: skip
+        if math.isfinite(steps_to_edge):
+            values["flow/steps_to_edge"] = steps_to_edge
+        self._write(values)
+        self.summary |= {"sharpness": found.sharpness, "stability": found.ratio}
+        rate = self._lrs[0] * float(gradient @ gradient)
+        words = in_words(
+            self._seen, found.sharpness, found.threshold, formula(rules), steps_to_edge, rate, fall, name_of(rules)
+        )
+        assert self._log is not None
+        self._log.text(self._seen, "flow/summary", f"{words}\n\nThe monitor took {self.governor.report()}.")
+
+    def _measure_derivatives(self, trainer: pl.Trainer) -> None:
+        found = derivatives(self._field, self._field.theta, self._lrs[0])
+        gap = found.loss - self.loss_floor
+        self._write(
+            {
+                "flow/acceleration": float(found.acceleration.norm()),
+                "flow/jerk": float(found.jerk.norm()),
+                "flow/jerk_ratio": found.jerk_ratio,
+                **({"flow/pl": float(found.gradient @ found.gradient) / (2 * gap)} if gap > 0 else {}),
+            }
+        )
+
+    def _advance(self, trainer: pl.Trainer) -> None:
+        assert self._settings is not None
+        self.globally.advance(
+            self._seen, self._s, self._field.theta, self._settings, update_rules(self._optimizer(trainer))
+        )
+        self.paths = self.globally.paths
+        self._write_paths(self.paths, [len(self.paths.steps) - 1])
+
+    def _begin_window(self, trainer: pl.Trainer) -> None:
+        self.window.begin(self._seen, self._s, self._field.theta, capture(self._optimizer(trainer)))
+
+    def _finish_window(self, trainer: pl.Trainer) -> None:
+        assert self._settings is not None
+        paths = self.window.finish(self._settings, update_rules(self._optimizer(trainer)))
+        if paths is not None:
+            self.paths = paths
+            self._write_paths(paths, range(len(paths.steps)))
+
+    def _write_paths(self, paths: Paths, points: Any) -> None:
+        assert self._log is not None
+        for i in points:
+            for name, losses in paths.losses.items():
+                values = {"flow/loss": losses[i]}
+                if name != FLOW:
+                    values["flow/distance"] = paths.distances[name][i]
+                    if paths.gone[i] > 0:
+                        values["flow/distance_relative"] = paths.distances[name][i] / paths.gone[i]
+                self._log.scalars(paths.steps[i], values, name)
+        self.summary["distance"] = paths.distances["sgd"][-1]
+        if paths.gone[-1] > 0:
+            self.summary["distance_relative"] = paths.distances["sgd"][-1] / paths.gone[-1]
+
+    def _draw(self, trainer: pl.Trainer) -> None:
+        assert self._log is not None
+        draw(self._log, self._seen, self.paths, self._field, self.plane)
+
+    def _finish(self, trainer: pl.Trainer) -> None:
+        if self._settings is None or self._log is None:
+            return
+        with self.governor.measuring("paths", self._seen):
+            if self.mode == "global":
+                self._advance(trainer)
+            elif self.window.active:
+                self._finish_window(trainer)
+        if self._edge and self._edge[-1][0] < self._seen and self.governor.budget is None:
+            with self.governor.measuring("sharpness", self._seen):
+                self._measure_sharpness(trainer)
+        with self.governor.measuring("figures", self._seen):
+            self._draw(trainer)
+        self.summary["overhead"] = self.governor.overhead
+        self._write({"flow/overhead": self.governor.overhead})
+        print(f"gradient flow: {self.folder}; the monitor took {self.governor.report()}", flush=True)
+
+    def _write(self, values: Mapping[str, float]) -> None:
+        assert self._log is not None
+        self._log.scalars(self._seen, values)
+
+    @property
+    def _field(self) -> GradientField:
+        """On the probe; its dropout masks hold for a window of steps."""
+        assert self._settings is not None
+        self._settings.field.seed = self._seed
+        return self._settings.field
+
+    @property
+    def _seed(self) -> int:
+        return max(self._seen, 0) // self.window.length
+
+    @staticmethod
+    def _optimizer(trainer: pl.Trainer) -> torch.optim.Optimizer:
+        return trainer.optimizers[0]
+
+
+def _clipping(trainer: pl.Trainer) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What the trainer does to a gradient [P] before the optimiser sees it."""
+    most, way = trainer.gradient_clip_val, str(trainer.gradient_clip_algorithm or "norm")
+    if not most:
+        return None
+    if way.endswith("value"):
+        return lambda g: g.clamp(-most, most)
+    return lambda g: g * (most / (torch.linalg.vector_norm(g) + 1e-6)).clamp_max(1.0)

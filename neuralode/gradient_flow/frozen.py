@@ -1,0 +1,86 @@
+"""Evaluating a module that somebody else is training, and leaving no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Frozen:
+    """What a module holds besides its weights, to be put back after each evaluation and at the end.
+
+    Buffers, the attributes of every submodule (modes, counters, statistics of a solve) and the random states. While it
+    is in force batch norms use their running statistics, and every evaluation draws the same random numbers, so that
+    the loss is a function of the weights alone.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter], seed: int):
+        self.parameters, self.seed = parameters, seed
+        self._weights = [p.data for p in parameters]
+        self._attributes = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
+        held = [b for _, _, buffers in self._attributes for b in buffers.values() if b is not None]
+        self._contents = [(b, b._version, b.detach().clone()) for b in held]
+        self._devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
+        for part in module.modules():
+            if isinstance(part, _BatchNorm) and part.track_running_stats:
+                part.training = False
+
+    @contextlib.contextmanager
+    def at(self, theta: torch.Tensor) -> Iterator[None]:
+        """The module with the weights θ, [P], inside the block."""
+        offset = 0
+        for p, weight in zip(self.parameters, self._weights, strict=True):
+            p.data = theta[offset : offset + weight.numel()].view(weight.shape)
+            offset += weight.numel()
+        torch.manual_seed(self.seed)
+        try:
+            yield
+        finally:
+            for p, weight in zip(self.parameters, self._weights, strict=True):
+                p.data = weight
+            self._restore_buffers()
+
+    def _restore_buffers(self) -> None:
+        for part, _, buffers in self._attributes:
+            part._buffers.update(buffers)
+        for i, (buffer, version, content) in enumerate(self._contents):
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(content)
+                self._contents[i] = (buffer, buffer._version, content)
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        self._restore_buffers()
+        for part, attributes, _ in self._attributes:
+            for name in part.__dict__.keys() - attributes.keys():
+                del part.__dict__[name]
+            part.__dict__.update(attributes)
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module, parameters: Sequence[nn.Parameter], seed: int) -> Iterator[Frozen]:
+    """`Frozen` for the length of a block; the random states of torch, NumPy and Python are put back as well."""
+    state = Frozen(module, parameters, seed)
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    device = parameters[0].device.type
+    try:
+        with torch.random.fork_rng(state._devices), torch.autocast(device, enabled=False):
+            yield state
+    finally:
+        state.restore()
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+
+
+def flatten(tensors: Sequence[Any], like: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One vector [P] of tensors, a None counting as zeros of the shape of its companion in `like`."""
+    parts = [torch.zeros_like(x) if t is None else t for t, x in zip(tensors, like, strict=True)]
+    return torch.cat([part.detach().reshape(-1) for part in parts])
