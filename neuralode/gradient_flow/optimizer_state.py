@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,12 @@ class OptimizerState:
         return max((float(state.get("step", 0.0)) for state in self.states), default=0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"settings": self.settings, "states": self.states, "sizes": self.sizes}
+        return {"cls": self.cls.__name__, "settings": self.settings, "states": self.states, "sizes": self.sizes}
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> OptimizerState:
+        """The state that `state_dict` gave."""
+        return cls(**{**saved, "cls": getattr(torch.optim, saved["cls"])})
 
 
 def capture(optimizer: torch.optim.Optimizer) -> OptimizerState:
@@ -50,7 +55,9 @@ def capture(optimizer: torch.optim.Optimizer) -> OptimizerState:
         settings.append({k: v for k, v in group.items() if k not in _NOT_COPIED})
         sizes.append(sum(p.numel() for p in parameters))
         states.append(_joined([optimizer.state.get(p, {}) for p in parameters], parameters))
-    return OptimizerState(type(optimizer), settings, states, sizes)
+    # of a subclass the part that torch knows, which is what its flow is known of
+    known = next((c for c in type(optimizer).__mro__ if c in vars(torch.optim).values()), type(optimizer))
+    return OptimizerState(known, settings, states, sizes)
 
 
 def _joined(states: Sequence[Any], parameters: Sequence[torch.Tensor]) -> dict[str, Any]:

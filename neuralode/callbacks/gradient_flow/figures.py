@@ -18,8 +18,14 @@ _GRID, _FINE = 9, 65
 """Losses evaluated along each side of the contours, and points after smooth interpolation."""
 
 
-def draw(log: FlowLog, step: int, paths: Paths | None, field: GradientField, kind: str) -> None:
-    """Draws what there is: the trajectory, the curves over flow time, sharpness against threshold, the gauge."""
+def draw(log: FlowLog, step: int, paths: Paths | None, field: GradientField, kind: str,
+         with_loss: bool = True) -> None:  # fmt: skip
+    """Draws what there is: the trajectory, the curves over flow time, sharpness against threshold, the gauge.
+
+    Args:
+        kind: of the plane.
+        with_loss: the contours of the loss under the trajectory, which cost as much as some thirty gradients.
+    """
     from neuralode.viz import gradient_flow as viz  # matplotlib, only when something is drawn
 
     if paths is not None and len(paths.steps) > 1:
@@ -28,7 +34,8 @@ def draw(log: FlowLog, step: int, paths: Paths | None, field: GradientField, kin
         order = ["sgd", FLOW, *(name for name in thetas if name not in ("sgd", FLOW))]
         found = plane([thetas[name] for name in order], kind)
         flat = {_NAMES[name]: found.project(thetas[name]).cpu().numpy() for name in order}
-        trajectory = viz.trajectory_figure(flat, contours(field, found, flat), found.explained, f"θ, {span}")
+        under = contours(field, found, flat) if with_loss else None
+        trajectory = viz.trajectory_figure(flat, under, found.explained, f"θ, {span}")
         log.figure(step, "trajectory", trajectory)
         losses = {_NAMES[name]: np.array(paths.losses[name]) for name in order}
         distances = {_NAMES[name]: np.array(values) for name, values in paths.distances.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 
 from neuralode.errors import UsageError
+
+_DURING = 0.8
+"""Share of the budget that may go before the end, when the last figures are drawn."""
 
 
 class Governor:
@@ -75,16 +79,25 @@ class Governor:
         if not due:
             return None
         kind = min(due, key=lambda k: self._spent[k] / self.weights[k])
-        return kind if self._affords(self.spent + self._cost[kind], 1.0) else None
+        return kind if self.affords_another(kind) else None
+
+    def affords(self, seconds: float) -> bool:
+        """Whether so much more stays within the budget."""
+        return self.spent + seconds <= self._allowance
+
+    def affords_another(self, kind: str) -> bool:
+        """Whether one more measurement of a kind stays within the budget."""
+        return self.affords(self._cost[kind])
 
     def allows(self, kind: str, step: int) -> bool:
-        """Whether a measurement that cannot wait for its turn is due and within its own part of the budget."""
+        """Whether a measurement that cannot wait for its turn is due, and within its own part of the budget."""
         part = self.weights[kind] / sum(self.weights.values())
-        return step >= self._next[kind] and self._affords(self._spent[kind] + self._cost[kind], part)
+        return step >= self._next[kind] and self._spent[kind] + self._cost[kind] <= part * self._allowance
 
-    def _affords(self, seconds: float, part: float) -> bool:
-        # the budget is a share of training without the measurements
-        return self.budget is None or seconds <= part * self.budget * max(self.wall - self.spent, 0.0)
+    @property
+    def _allowance(self) -> float:
+        """Seconds of the budget, which is a share of training without the measurements; part is kept for the end."""
+        return math.inf if self.budget is None else _DURING * self.budget * (self.wall - self.spent)
 
     @contextlib.contextmanager
     def measuring(self, kind: str, step: int, ends: bool = True) -> Iterator[None]:
@@ -117,9 +130,11 @@ class Governor:
         """Overhead and cadences in words."""
         reached = self.cadences_reached()
         parts = [f"{kind} every {reached[kind]:.0f} steps (asked: {self.cadences[kind]})" for kind in reached]
-        parts += [f"{kind} {count} time" for kind, count in self._count.items() if count == 1]
-        parts += [f"{kind} never" for kind, count in self._count.items() if count == 0]
-        return f"{100 * self.overhead:.1f} % of the training's time; {', '.join(parts)}"
+        parts += [f"{kind} once" for kind, count in self._count.items() if count == 1]
+        missing = [kind for kind, count in self._count.items() if count == 0]
+        parts += [f"{kind} never, for it would have cost {self._cost[kind]:.1f} s" for kind in missing]
+        advice = "; raise monitor.flow_budget, or lower monitor.flow_probe" if missing else ""
+        return f"{100 * self.overhead:.1f} % of the training's time: {', '.join(parts)}{advice}"
 
     def state_dict(self) -> dict[str, Any]:
         names = ("_next", "_spent", "_cost", "_count", "_first", "_last")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,15 @@ class FlowLog:
         (self.folder / "summary.md").write_text(words + "\n")
 
     def figure(self, step: int, name: str, figure: Any) -> None:
+        """Writes a picture once, for TensorBoard and as a PNG file."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
+        (self.folder / f"{name}.png").write_bytes(png.getvalue())
+        image = Summary.Image(encoded_image_string=png.getvalue())
         for writer in self._experiments():
-            writer.add_figure(f"flow/{name}", figure, step)
-        figure.savefig(self.folder / f"{name}.png")
+            writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=f"flow/{name}", image=image)]), step)
 
     def series(self, tag: str, path: str = "sgd") -> tuple[list[int], list[float]]:
         """Steps and values logged so far, earlier parts of a resumed run included."""

@@ -153,9 +153,9 @@ class Window:
             "reads": self._reads, "batches": self._batches, "state": self._state.state_dict(),
         }  # fmt: skip
 
-    def load_state_dict(self, saved: Mapping[str, Any], optimizer: type[torch.optim.Optimizer]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         if saved["active"]:
-            self.begin(saved["start"], saved["s"], saved["thetas"][0], OptimizerState(optimizer, **saved["state"]))
+            self.begin(saved["start"], saved["s"], saved["thetas"][0], OptimizerState.restored(saved["state"]))
             self._lrs, self._thetas = saved["lrs"], list(saved["thetas"])
             self._reads, self._batches = saved["reads"], saved["batches"]
 
@@ -218,11 +218,11 @@ class Global:
             "known": None if self._known is None else dict(vars(self._known)),
         }  # fmt: skip
 
-    def load_state_dict(self, saved: Mapping[str, Any], optimizer: type[torch.optim.Optimizer]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.paths = Paths(**saved["paths"])
         self._z, self._steps, self._lrs = saved["z"], saved["steps"], saved["lrs"]
         self._last_step = saved["last_step"]
-        self._state = None if saved["state"] is None else OptimizerState(optimizer, **saved["state"])
+        self._state = None if saved["state"] is None else OptimizerState.restored(saved["state"])
         self._known = None if saved["known"] is None else Quadratic(**saved["known"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,18 +14,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 from neuralode.callbacks.gradient_flow.figures import draw
 from neuralode.callbacks.gradient_flow.governor import Governor
 from neuralode.callbacks.gradient_flow.log import FLOW, FlowLog
+from neuralode.callbacks.gradient_flow.measurements import Defect, Edge, derivative_values
 from neuralode.callbacks.gradient_flow.modes import MODES, Global, Paths, Settings, Window
 from neuralode.callbacks.gradient_flow.probe import Loss, mean_loss, probe_batch, training_loss, unable
-from neuralode.callbacks.gradient_flow.words import formula, in_words, name_of
 from neuralode.errors import UsageError, unknown
-from neuralode.gradient_flow import GradientField, Sharpness, capture, derivatives, stability, update_rules
-from neuralode.gradient_flow.frozen import flatten
+from neuralode.gradient_flow import GradientField, Sharpness, capture, update_rules
 from neuralode.gradient_flow.plane import PLANES
 from neuralode.gradient_flow.update_rule import moving
 
 _WEIGHTS = {"defect": 1.0, "sharpness": 2.0, "derivatives": 1.0, "paths": 3.0, "figures": 1.0}
 _GRADIENTS = {"defect": 2, "sharpness": 24, "derivatives": 5, "paths": 80, "figures": 40}
 """What a measurement costs before it has been made, in gradients on the probe."""
+
+
+_PARTS = ("governor", "edge", "flow_sharpness", "window", "globally")
 
 
 class GradientFlowMonitor(pl.Callback):
@@ -78,23 +79,18 @@ class GradientFlowMonitor(pl.Callback):
             "figures": 10 * every,
         }
         self.governor = Governor(cadences, _WEIGHTS, budget)
-        self.sharpness, self.flow_sharpness = Sharpness(), Sharpness()
+        self.defect, self.edge, self.flow_sharpness = Defect(), Edge(), Sharpness()
         self.window = Window(window, mode == "piecewise")
         self.globally = Global()
         self.summary: dict[str, float] = {}
         """Figures for the run's result."""
         self.paths: Paths | None = None
         """The last window, or the whole run."""
+        self._gradient_seconds = 0.0
         self._s = 0.0
         self._seen = -1
-        self._edge: list[tuple[int, float]] = []
-        """Steps and sharpnesses of the last measurements."""
-        self._falls: list[tuple[int, float]] = []
-        """Steps and losses on the probe of the last measurements."""
         self._batches: list[Any] = []
         self._lrs: list[float] = []
-        self._before: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._trusts_training_gradient: bool | None = None
         self._off = False
         self._log: FlowLog | None = None
         self._settings: Settings | None = None
@@ -126,12 +122,10 @@ class GradientFlowMonitor(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._off or self._settings is None:
             return dict(self._loaded or {})
-        return {
-            "s": self._s, "edge": self._edge, "falls": self._falls, "batch": self._batch, "mode": self.mode,
-            "governor": self.governor.state_dict(), "sharpness": self.sharpness.state_dict(),
-            "flow_sharpness": self.flow_sharpness.state_dict(), "window": self.window.state_dict(),
-            "global": self.globally.state_dict(), "summary": dict(self.summary),
-            "trusts": self._trusts_training_gradient,
+        parts = {name: getattr(self, name).state_dict() for name in _PARTS}
+        return parts | {
+            "s": self._s, "batch": self._batch, "mode": self.mode, "summary": dict(self.summary),
+            "trusts": self.defect.trusts_training,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -161,19 +155,15 @@ class GradientFlowMonitor(pl.Callback):
         self.governor.start()
         self._batch = resumed["batch"] if resumed else probe_batch(trainer, module, self.samples)
         if resumed:
-            self._restore(resumed, type(self._optimizer(trainer)))
+            self._restore(resumed)
         if self._batch is not None:
             self._prepare(trainer, module)
 
-    def _restore(self, saved: Mapping[str, Any], optimizer: type[torch.optim.Optimizer]) -> None:
-        self._s, self._trusts_training_gradient = saved["s"], saved["trusts"]
-        self._edge = [tuple(pair) for pair in saved["edge"]]
-        self._falls = [tuple(pair) for pair in saved["falls"]]
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        self._s, self.defect.trusts_training = saved["s"], saved["trusts"]
         self.summary = dict(saved["summary"])
-        for name in ("governor", "sharpness", "flow_sharpness"):
+        for name in _PARTS:
             getattr(self, name).load_state_dict(saved[name])
-        self.window.load_state_dict(saved["window"], optimizer)
-        self.globally.load_state_dict(saved["global"], optimizer)
 
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Once the probe is known."""
@@ -185,12 +175,13 @@ class GradientFlowMonitor(pl.Callback):
 
         field = on_batches([self._batch])
         self._settings = Settings(field, self.rtol, self.flow_sharpness, on_batches)
-        began = time.perf_counter()
         with self.governor.measuring("defect", 0, ends=False):
+            field.gradient(field.theta)  # the first is slower than the others
+            began = time.perf_counter()
             field.gradient(field.theta)
-        seconds = time.perf_counter() - began
+            self._gradient_seconds = time.perf_counter() - began
         for kind, count in _GRADIENTS.items():
-            self.governor.expect(kind, count * seconds)
+            self.governor.expect(kind, count * self._gradient_seconds)
         if self.mode == "global" and not self.globally.paths.steps:
             optimizer = self._optimizer(trainer)
             with self.governor.measuring("paths", trainer.global_step):
@@ -210,7 +201,7 @@ class GradientFlowMonitor(pl.Callback):
         weights = [p for group in groups for p in group["params"] if p.requires_grad]
         if self._settings is not None and self.governor.allows("defect", trainer.global_step):
             with self.governor.measuring("defect", trainer.global_step, ends=False):
-                self._before = (flatten(weights, weights), flatten([p.grad for p in weights], weights))
+                self.defect.note(weights)
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if self._log is not None and trainer.global_step % every == 0:
             square = sum(float(p.grad.square().sum()) for p in weights if p.grad is not None)
@@ -226,9 +217,9 @@ class GradientFlowMonitor(pl.Callback):
             self._batch = batch
             self._prepare(trainer, module)
         self._observe(trainer, batches)
-        if self._before is not None:
+        if self.defect.noted:
             with self.governor.measuring("defect", self._seen - 1):
-                self._measure_defect(trainer, batches)
+                self._write(self.defect.measure(self._on_step(batches), self._lrs[0]))
         while (kind := self.governor.choose(self._seen, self._kinds())) is not None:
             begins = kind == "paths" and self.mode != "global"
             with self.governor.measuring(kind, self._seen, ends=not begins):
@@ -243,7 +234,7 @@ class GradientFlowMonitor(pl.Callback):
         kinds = set(_WEIGHTS) - {"defect"}
         if self.window.active or (self.mode == "global" and not self.globally.behind):
             kinds.discard("paths")
-        if self.paths is None and not self._edge:
+        if self.paths is None and self.edge.last is None:
             kinds.discard("figures")
         return kinds
 
@@ -254,74 +245,15 @@ class GradientFlowMonitor(pl.Callback):
             with self.governor.measuring("paths", self._seen):
                 self._finish_window(trainer)
 
-    def _measure_defect(self, trainer: pl.Trainer, batches: list[Any]) -> None:
-        """η/2 ‖g(θ⁺) − g(θ)‖ on the batch of the step, which is the leading error of the step."""
-        assert self._before is not None
-        assert self._settings is not None
-        (before, known), self._before = self._before, None
-        field = self._settings.on_batches(batches)
-        field.transform = None
-        theta = field.theta
-        with field.borrowed():
-            after = field.gradient(theta)
-            if not self._trusts_training_gradient:
-                ours = field.gradient(before)
-                if self._trusts_training_gradient is None:
-                    # not so with dropout, with batch norm, or where processes share a batch
-                    apart = torch.linalg.vector_norm(ours - known)
-                    self._trusts_training_gradient = bool(apart <= 1e-3 * torch.linalg.vector_norm(ours))
-                known = ours
-        moved, change = theta - before, after - known
-        size = float(torch.linalg.vector_norm(moved))
-        defect = self._lrs[0] / 2 * float(torch.linalg.vector_norm(change))
-        values = {"flow/defect": defect}
-        if size > 0:
-            values |= {"flow/defect_relative": defect / size, "flow/kappa": float(moved @ change) / size**2}
-        self._write(values)
-
     def _measure_sharpness(self, trainer: pl.Trainer) -> None:
-        optimizer, field = self._optimizer(trainer), self._field
-        rules, theta = update_rules(optimizer), field.theta
-        found = stability(field, theta, rules, capture(optimizer), self.sharpness)
-        loss, gradient = field.loss_and_gradient(theta)
-        steps_to_edge = math.inf
-        if self._edge:
-            step, last = self._edge[-1]
-            pace = (found.sharpness - last) / max(self._seen - step, 1)
-            if pace > 0 and found.ratio < 1:
-                steps_to_edge = (found.threshold - found.sharpness) / pace
-        fall = math.nan
-        if self._falls:
-            step, before = self._falls[-1]
-            fall = (before - float(loss)) / max(self._seen - step, 1)
-        self._edge = [*self._edge[-1:], (self._seen, found.sharpness)]
-        self._falls = [*self._falls[-1:], (self._seen, float(loss))]
-        values = {
-            "flow/sharpness": found.sharpness, "flow/threshold": found.threshold, "flow/stability": found.ratio,
-            "flow/overhead": self.governor.overhead,
-        }  # fmt: skip
-        if math.isfinite(steps_to_edge):
-            values["flow/steps_to_edge"] = steps_to_edge
-        self._write(values)
-        self.summary |= {"sharpness": found.sharpness, "stability": found.ratio}
-        rate = self._lrs[0] * float(gradient @ gradient)
-        words = in_words(
-            self._seen, found.sharpness, found.threshold, formula(rules), steps_to_edge, rate, fall, name_of(rules)
-        )
         assert self._log is not None
+        values, words = self.edge.measure(self._field, self._optimizer(trainer), self._seen, self._lrs[0])
+        self._write(values | {"flow/overhead": self.governor.overhead})
+        self.summary |= {name: values[f"flow/{name}"] for name in ("sharpness", "stability")}
         self._log.text(self._seen, "flow/summary", f"{words}\n\nThe monitor took {self.governor.report()}.")
 
     def _measure_derivatives(self, trainer: pl.Trainer) -> None:
-        found = derivatives(self._field, self._field.theta, self._lrs[0])
-        gap = found.loss - self.loss_floor
-        self._write(
-            {
-                "flow/acceleration": float(found.acceleration.norm()),
-                "flow/jerk": float(found.jerk.norm()),
-                "flow/jerk_ratio": found.jerk_ratio,
-                **({"flow/pl": float(found.gradient @ found.gradient) / (2 * gap)} if gap > 0 else {}),
-            }
-        )
+        self._write(derivative_values(self._field, self._lrs[0], self.loss_floor))
 
     def _advance(self, trainer: pl.Trainer) -> None:
         assert self._settings is not None
@@ -357,7 +289,8 @@ class GradientFlowMonitor(pl.Callback):
 
     def _draw(self, trainer: pl.Trainer) -> None:
         assert self._log is not None
-        draw(self._log, self._seen, self.paths, self._field, self.plane)
+        with_loss = self.governor.affords(_GRADIENTS["figures"] * self._gradient_seconds)
+        draw(self._log, self._seen, self.paths, self._field, self.plane, with_loss)
 
     def _finish(self, trainer: pl.Trainer) -> None:
         if self._settings is None or self._log is None:
@@ -365,9 +298,9 @@ class GradientFlowMonitor(pl.Callback):
         with self.governor.measuring("paths", self._seen):
             if self.mode == "global":
                 self._advance(trainer)
-            elif self.window.active:
+            elif self.window.active and self.governor.affords_another("paths"):
                 self._finish_window(trainer)
-        if self._edge and self._edge[-1][0] < self._seen and self.governor.budget is None:
+        if self.governor.budget is None and (self.edge.last is None or self.edge.last[0] < self._seen):
             with self.governor.measuring("sharpness", self._seen):
                 self._measure_sharpness(trainer)
         with self.governor.measuring("figures", self._seen):
@@ -379,6 +312,13 @@ class GradientFlowMonitor(pl.Callback):
     def _write(self, values: Mapping[str, float]) -> None:
         assert self._log is not None
         self._log.scalars(self._seen, values)
+
+    def _on_step(self, batches: list[Any]) -> GradientField:
+        """On the batches of a step, before clipping."""
+        assert self._settings is not None
+        field = self._settings.on_batches(batches)
+        field.transform = None
+        return field
 
     @property
     def _field(self) -> GradientField:
