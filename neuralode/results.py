@@ -59,7 +59,7 @@ def read_result(file: Path) -> dict[str, Any]:
 
 def value(result: Mapping[str, Any], column: str) -> float | None:
     """A column of a result: a metric such as `test/accuracy`, or `parameters`, `seconds`, ..."""
-    for place in (result.get("metrics", {}), result.get("solver", {}), result.get("weights", {}), result):
+    for place in (*(result.get(part, {}) for part in ("metrics", "solver", "gradient_flow", "weights")), result):
         if isinstance(place.get(column), int | float):
             return float(place[column])
     return None

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
-from neuralode.callbacks import ExactResume, SolverMonitor
+from neuralode.callbacks import ExactResume, GradientFlowMonitor, SolverMonitor
 from neuralode.data import DATA, ArrayData
 from neuralode.errors import UsageError
 from neuralode.models import FIELDS, build_model
@@ -82,7 +82,8 @@ def _train(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 solves = any(isinstance(part, ODEBlock) for part in task.modules())
-                logger.experiment.add_custom_scalars(layout(task.metric, solves))
+                flows = any(isinstance(callback, GradientFlowMonitor) for callback in callbacks)
+                logger.experiment.add_custom_scalars(layout(task.metric, solves, flows))
         trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
     metrics = dict(next((c.metrics for c in callbacks if isinstance(c, ExactResume)), {}))
     if cfg.test:
@@ -199,6 +200,7 @@ def _test(cfg: DictConfig, trainer: pl.Trainer, task: Task, data: ArrayData) -> 
 def _result(cfg: DictConfig, trainer: pl.Trainer, task: Task, metrics: dict[str, float]) -> dict[str, Any]:
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     solver = next((c.summary for c in callbacks if isinstance(c, SolverMonitor)), {})
+    flow = next((c.summary for c in callbacks if isinstance(c, GradientFlowMonitor)), {})
     seconds = next((c.seconds for c in callbacks if isinstance(c, ExactResume)), math.nan)
     weights = {}
     if task.metric == "loss":  # small regressions are judged by their weights
@@ -210,6 +212,7 @@ def _result(cfg: DictConfig, trainer: pl.Trainer, task: Task, metrics: dict[str,
         "metrics": metrics,
         "parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
         "solver": dict(solver),
+        "gradient_flow": dict(flow),
         "seconds": round(seconds, 3),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
@@ -237,7 +240,7 @@ def _log_hyperparameters(trainer: pl.Trainer, result: Mapping[str, Any]) -> None
         if isinstance(v, bool | int | float | str) and not k.endswith("._partial_")
     }
     finals = {k.replace("test/", "final/"): v for k, v in result["metrics"].items() if k.startswith("test/")}
-    finals |= {f"final/{k}": v for k, v in result["solver"].items()}
+    finals |= {f"final/{k}": v for k, v in (result["solver"] | result["gradient_flow"]).items()}
     finals |= {"final/seconds": result["seconds"], "final/parameters": float(result["parameters"])}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):

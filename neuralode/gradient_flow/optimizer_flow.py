@@ -119,13 +119,14 @@ class OptimizerFlow:
 def follow(
     dynamics: OptimizerFlow, start: torch.Tensor, reads: Sequence[int], *, method: str | None = None,
     rtol: float = 1e-3, atol: float | None = None, sharpness: Sharpness | None = None, first_step: float | None = None,
+    max_steps: int = 10_000,
 ) -> Path:  # fmt: skip
     """The flow of an optimiser from a state [n, P], its weights after those iterations in `reads`.
 
     Args:
         reads: rising numbers of iterations, the first of which belongs to `start`.
         method: of `solve`; the one that suits the optimiser if not given.
-        rtol, atol, sharpness, first_step: as in `flow`, with steps in iterations.
+        rtol, atol, sharpness, first_step, max_steps: as in `flow`, with steps in iterations.
     """
     field, schedule = dynamics.field, dynamics.schedule
     begun = field.gradients

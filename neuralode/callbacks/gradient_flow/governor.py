@@ -12,26 +12,24 @@ import torch
 
 from neuralode.errors import UsageError
 
-_DURING = 0.8
-"""Share of the budget that may go before the end, when the last figures are drawn."""
-
 
 class Governor:
     """Decides at each training step which measurement is due and can be afforded.
 
-    Each kind of measurement has a cadence in steps and a weight. Of those that are due, the one that has had the least
-    time for its weight is next; it waits until all measurements together, its expected cost included, stay within
+    Each kind of measurement has a cadence in steps and a weight. Of those that are due, the one that will have had the
+    least time for its weight is next; it waits until all measurements together, its expected cost included, stay within
     the budget, and meanwhile no other goes before it. So the dear ones are stretched, not starved.
 
     Args:
         cadences: steps between two measurements of a kind.
         weights: share of the budget, relative to the others.
         budget: share of wall time for all measurements; None for no limit.
+        at_end: the kind that is made at the end in any case, so that its cost is kept back.
         clock: seconds.
     """
 
     def __init__(self, cadences: Mapping[str, int], weights: Mapping[str, float], budget: float | None,
-                 clock: Callable[[], float] = time.perf_counter):  # fmt: skip
+                 at_end: str = "", clock: Callable[[], float] = time.perf_counter):  # fmt: skip
         for kind, cadence in cadences.items():
             if cadence < 1:
                 raise UsageError(f"the cadence of {kind} is {cadence}; it has to be at least 1.")
@@ -39,7 +37,13 @@ class Governor:
             raise UsageError(
                 f"monitor.flow_budget is {budget}; give a share of wall time above 0, or null for no limit."
             )
-        self.cadences, self.weights, self.budget, self._clock = dict(cadences), weights, budget, clock
+        self.cadences, self.weights, self.budget, self.at_end, self._clock = (
+            dict(cadences),
+            weights,
+            budget,
+            at_end,
+            clock,
+        )
         self._next = dict.fromkeys(cadences, 0)
         self._spent = dict.fromkeys(cadences, 0.0)
         self._cost = dict.fromkeys(cadences, 0.0)
@@ -78,7 +82,7 @@ class Governor:
         due = [kind for kind in self.cadences if step >= self._next[kind] and kind in kinds]
         if not due:
             return None
-        kind = min(due, key=lambda k: self._spent[k] / self.weights[k])
+        kind = min(due, key=lambda k: (self._spent[k] + self._cost[k]) / self.weights[k])
         return kind if self.affords_another(kind) else None
 
     def affords(self, seconds: float) -> bool:
@@ -96,8 +100,10 @@ class Governor:
 
     @property
     def _allowance(self) -> float:
-        """Seconds of the budget, which is a share of training without the measurements; part is kept for the end."""
-        return math.inf if self.budget is None else _DURING * self.budget * (self.wall - self.spent)
+        """Seconds of the budget, which is a share of training without the measurements, but for what the end takes."""
+        if self.budget is None:
+            return math.inf
+        return self.budget * (self.wall - self.spent) - self._cost.get(self.at_end, 0.0)
 
     @contextlib.contextmanager
     def measuring(self, kind: str, step: int, ends: bool = True) -> Iterator[None]:

@@ -120,7 +120,10 @@ class Window:
             paths[FLOW] = self._follow_pieces(settings, rules, state, lrs)
         else:
             dynamics = OptimizerFlow(settings.field, rules, state, lrs)
-            found = follow(dynamics, dynamics.start(start), reads, rtol=settings.rtol, sharpness=settings.sharpness)
+            found = follow(
+                dynamics, dynamics.start(start), reads, rtol=settings.rtol, sharpness=settings.sharpness,
+                max_steps=4 * self.length + 50,
+            )  # fmt: skip
             paths[FLOW] = list(found.thetas)
             paths[DESCENT] = _descent(settings.field, start, state, lrs, reads)
         times = [self._s + sum(row[0] for row in lrs[:k]) for k in reads]

@@ -21,10 +21,13 @@ from neuralode.errors import UsageError, unknown
 from neuralode.gradient_flow import GradientField, Sharpness, capture, update_rules
 from neuralode.gradient_flow.plane import PLANES
 from neuralode.gradient_flow.update_rule import moving
+from neuralode.ode import SolveError
 
 _WEIGHTS = {"defect": 1.0, "sharpness": 2.0, "derivatives": 1.0, "paths": 3.0, "figures": 1.0}
-_GRADIENTS = {"defect": 2, "sharpness": 24, "derivatives": 5, "paths": 80, "figures": 40}
+_GRADIENTS = {"defect": 0.5, "sharpness": 26, "derivatives": 5, "paths": 200, "figures": 0}
 """What a measurement costs before it has been made, in gradients on the probe."""
+_DRAWING, _CONTOURS = 0.6, 32
+"""Seconds that the figures take, and what the loss under them costs, in gradients."""
 
 
 _PARTS = ("governor", "edge", "flow_sharpness", "window", "globally")
@@ -78,7 +81,7 @@ class GradientFlowMonitor(pl.Callback):
             "paths": paths,
             "figures": 10 * every,
         }
-        self.governor = Governor(cadences, _WEIGHTS, budget)
+        self.governor = Governor(cadences, _WEIGHTS, budget, at_end="figures")
         self.defect, self.edge, self.flow_sharpness = Defect(), Edge(), Sharpness()
         self.window = Window(window, mode == "piecewise")
         self.globally = Global()
@@ -91,7 +94,7 @@ class GradientFlowMonitor(pl.Callback):
         self._seen = -1
         self._batches: list[Any] = []
         self._lrs: list[float] = []
-        self._off = False
+        self._off = self._warned = False
         self._log: FlowLog | None = None
         self._settings: Settings | None = None
         self._batch: Any = None
@@ -181,7 +184,7 @@ class GradientFlowMonitor(pl.Callback):
             field.gradient(field.theta)
             self._gradient_seconds = time.perf_counter() - began
         for kind, count in _GRADIENTS.items():
-            self.governor.expect(kind, count * self._gradient_seconds)
+            self.governor.expect(kind, count * self._gradient_seconds + (_DRAWING if kind == "figures" else 0))
         if self.mode == "global" and not self.globally.paths.steps:
             optimizer = self._optimizer(trainer)
             with self.governor.measuring("paths", trainer.global_step):
@@ -204,8 +207,9 @@ class GradientFlowMonitor(pl.Callback):
                 self.defect.note(weights)
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if self._log is not None and trainer.global_step % every == 0:
-            square = sum(float(p.grad.square().sum()) for p in weights if p.grad is not None)
-            self._log.scalars(trainer.global_step, {"flow/time": self._s, "flow/rate": self._lrs[0] * square})
+            with self.governor.measuring("defect", trainer.global_step, ends=False):
+                square = sum(float(p.grad.square().sum()) for p in weights if p.grad is not None)
+                self._log.scalars(trainer.global_step, {"flow/time": self._s, "flow/rate": self._lrs[0] * square})
 
     def _after_batch(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
         self._batches.append(batch)
@@ -268,7 +272,14 @@ class GradientFlowMonitor(pl.Callback):
 
     def _finish_window(self, trainer: pl.Trainer) -> None:
         assert self._settings is not None
-        paths = self.window.finish(self._settings, update_rules(self._optimizer(trainer)))
+        try:
+            paths = self.window.finish(self._settings, update_rules(self._optimizer(trainer)))
+        except SolveError as error:  # the next window may be easier
+            if not self._warned:
+                reason = str(error).splitlines()[0]
+                rank_zero_warn(f"the gradient flow could not be followed up to step {self._seen}: {reason}")
+            self._warned = True
+            return
         if paths is not None:
             self.paths = paths
             self._write_paths(paths, range(len(paths.steps)))
@@ -289,7 +300,7 @@ class GradientFlowMonitor(pl.Callback):
 
     def _draw(self, trainer: pl.Trainer) -> None:
         assert self._log is not None
-        with_loss = self.governor.affords(_GRADIENTS["figures"] * self._gradient_seconds)
+        with_loss = self.governor.affords(_CONTOURS * self._gradient_seconds)
         draw(self._log, self._seen, self.paths, self._field, self.plane, with_loss)
 
     def _finish(self, trainer: pl.Trainer) -> None:

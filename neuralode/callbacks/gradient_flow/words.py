@@ -9,6 +9,9 @@ from neuralode.gradient_flow import UpdateRule
 
 _NAMES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 
+_FORESEEABLE = 10_000
+"""Steps beyond which an extrapolation is not worth a sentence."""
+
 
 def in_words(step: int, sharpness: float, threshold: float, formula: str, steps_to_edge: float,
              flow_rate: float, fall: float, name: str = "SGD") -> str:  # fmt: skip
@@ -24,7 +27,7 @@ def in_words(step: int, sharpness: float, threshold: float, formula: str, steps_
     ratio = sharpness / threshold
     edge = f"sharpness {sharpness:.3g} {_relation(ratio)} {formula} = {threshold:.3g}"
     sentences = [f"**step {step}**: {edge}; {_expectation(ratio)}."]
-    if ratio < 1 and math.isfinite(steps_to_edge):
+    if ratio < 1 and steps_to_edge <= _FORESEEABLE:
         sentences.append(f"At its present pace the sharpness reaches the edge in about {steps_to_edge:.0f} steps.")
     if math.isfinite(flow_rate):
         pace = f"The flow would fall at {flow_rate:.2g} a step"
