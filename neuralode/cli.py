@@ -72,7 +72,7 @@ def list_experiments() -> str:
     lines = []
     for file in sorted((config_dir() / "experiment").glob("*.yaml")):
         shows = yaml.safe_load(file.read_text()).get("shows", "")
-        lines.append(f"  {file.stem:<20} {shows}")
+        lines.append(f"  {file.stem:<22} {shows}")
     return "\n".join(lines).replace("$", "$$")
 
 

@@ -80,8 +80,8 @@ class MonitorConfig:
     """What `callbacks=gradient_flow` compares SGD with: `window`, `piecewise` or `global`."""
     flow_window: int = 50
     """Steps of a window; in the mode `global` steps between two points of the path."""
-    flow_probe: int = 1024
-    """Most training samples on which it measures."""
+    flow_probe: int | None = None
+    """Most training samples on which it measures; null for 1024, in the mode `global` for all."""
     flow_defect_every: int = 25
     """Steps between two measurements of the defect."""
     flow_every: int = 500

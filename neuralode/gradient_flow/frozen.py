@@ -26,7 +26,7 @@ class Frozen:
         self._weights = [p.data for p in parameters]
         self._attributes = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
         held = [b for _, _, buffers in self._attributes for b in buffers.values() if b is not None]
-        self._contents = [(b, b._version, b.detach().clone()) for b in held]
+        self._contents = [(b, b.detach().clone()) for b in held]
         self._devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
         for part in module.modules():
             if isinstance(part, _BatchNorm) and part.track_running_stats:
@@ -34,12 +34,12 @@ class Frozen:
 
     @contextlib.contextmanager
     def at(self, theta: torch.Tensor) -> Iterator[None]:
-        """The module with the weights θ, [P], inside the block."""
-        offset = 0
+        """The module with a copy of the weights θ, [P], inside the block."""
+        theta, offset = theta.clone(), 0  # some layers write to their weights, as nn.Embedding with max_norm does
         for p, weight in zip(self.parameters, self._weights, strict=True):
             p.data = theta[offset : offset + weight.numel()].view(weight.shape)
             offset += weight.numel()
-        torch.manual_seed(self.seed)
+        self._draw_again()
         try:
             yield
         finally:
@@ -47,14 +47,21 @@ class Frozen:
                 p.data = weight
             self._restore_buffers()
 
+    def _draw_again(self) -> None:
+        """Not by `torch.manual_seed`, which seeds every device, also those whose states are not put back."""
+        torch.default_generator.manual_seed(self.seed)
+        for device in self._devices:
+            torch.cuda.default_generators[device].manual_seed(self.seed)
+        np.random.seed(self.seed % 2**32)  # noqa: NPY002
+        random.seed(self.seed)
+
     def _restore_buffers(self) -> None:
         for part, _, buffers in self._attributes:
+            if part._buffers.keys() != buffers.keys():  # a cache registered on first use
+                part._buffers.clear()
             part._buffers.update(buffers)
-        for i, (buffer, version, content) in enumerate(self._contents):
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(content)
-                self._contents[i] = (buffer, buffer._version, content)
+        for buffer, content in self._contents:
+            buffer.data.copy_(content)  # whatever its version says: `buffer.data.mul_()` leaves that as it is
 
     def restore(self) -> None:
         """Puts everything back."""
@@ -72,12 +79,17 @@ def frozen(module: nn.Module, parameters: Sequence[nn.Parameter], seed: int) -> 
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     device = parameters[0].device.type
     try:
-        with torch.random.fork_rng(state._devices), torch.autocast(device, enabled=False):
+        with torch.random.fork_rng(state._devices), torch.autocast(device, enabled=False), _ordinary_tensors():
             yield state
     finally:
         state.restore()
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
+
+
+def _ordinary_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Leaves inference mode, which has no gradients: validation may run in it."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 
 
 def flatten(tensors: Sequence[Any], like: Sequence[torch.Tensor]) -> torch.Tensor:

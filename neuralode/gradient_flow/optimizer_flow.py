@@ -146,6 +146,7 @@ def follow(
         sharpness,
         pace,
         first_step,
+        max_steps,
     )
     assert isinstance(solution.ys, torch.Tensor)
     s = torch.tensor([schedule.time(k) for k in reads], dtype=torch.float64)

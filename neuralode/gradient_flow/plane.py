@@ -48,7 +48,7 @@ def plane(paths: Sequence[torch.Tensor], kind: str = "ends") -> Plane:
         middle = (paths[0][len(paths[0]) // 2] - origin)[None]
         directions = _orthonormal(torch.cat([spans.mean(0, keepdim=True), spans[:1] - spans[1:], middle, points]))
     else:
-        directions = torch.linalg.svd(points - points.mean(0), full_matrices=False).Vh[:2]
+        directions = _orthonormal(torch.linalg.svd(points - points.mean(0), full_matrices=False).Vh[:2])
     total = points.square().sum()
     inside = (points @ directions.T).square().sum()
     return Plane(origin, directions, float(inside / total) if total > 0 else 1.0)

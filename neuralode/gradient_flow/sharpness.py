@@ -71,21 +71,27 @@ class Sharpness:
 def lanczos(product: Product, start: torch.Tensor, count: int) -> Eigenpair:
     """The largest Ritz value of a symmetric operator after `count` products, all vectors kept orthogonal.
 
-    Golub and Van Loan, "Matrix Computations", section 10.3; with full reorthogonalisation no false copies arise.
+    Golub and Van Loan, "Matrix Computations", section 10.3; with full reorthogonalisation no false copies arise. Where
+    the Krylov space is exhausted early, as from an eigenvector, which need not be the largest one's any more, it goes
+    on from a random direction.
     """
+    generator = torch.Generator().manual_seed(1)
     size = torch.linalg.vector_norm(start)
     basis = [start / size] if size > 0 else [torch.full_like(start, start.numel() ** -0.5)]
     images: list[torch.Tensor] = []
     left = torch.zeros((), dtype=start.dtype, device=start.device)
-    for _ in range(count):
+    count = min(count, start.numel())
+    while True:
         images.append(product(basis[-1]))
         rest, known = images[-1], torch.stack(basis)
-        for _ in range(2):  # a single pass leaves rounding errors
-            rest = rest - known.T @ (known @ rest)
+        rest = _outside(known, rest)
         left = torch.linalg.vector_norm(rest)
-        if len(images) == count or not left > 1e-6 * torch.linalg.vector_norm(images[0]):
-            break  # the space is invariant: its values are exact
-        basis.append(rest / left)
+        if len(images) == count or not torch.isfinite(left):
+            break
+        if not left > 1e-6 * torch.linalg.vector_norm(images[-1]):
+            drawn = torch.randn(start.numel(), generator=generator, dtype=torch.float64).to(start)
+            rest = _outside(known, drawn)
+        basis.append(rest / torch.linalg.vector_norm(rest))
     known = torch.stack(basis[: len(images)])
     inside = (known @ torch.stack(images).T).double()
     if not torch.isfinite(inside).all():
@@ -93,3 +99,10 @@ def lanczos(product: Product, start: torch.Tensor, count: int) -> Eigenpair:
     values, vectors = torch.linalg.eigh((inside + inside.T) / 2)
     weights = vectors[:, -1].to(known)
     return Eigenpair(float(values[-1]), weights @ known, float(left * weights[-1].abs()), float(values.abs().max()))
+
+
+def _outside(basis: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The part of v [P] that is orthogonal to the orthonormal rows of the basis [n, P]."""
+    for _ in range(2):  # a single pass leaves rounding errors
+        v = v - basis.T @ (basis @ v)
+    return v

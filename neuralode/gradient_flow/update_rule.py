@@ -53,7 +53,8 @@ class UpdateRule:
             return (1 + beta) * (2 - lr * decay) / (lr * (1 - beta))
         if self.nesterov:
             return (2 + 2 * beta) / (lr * (1 + 2 * beta)) - decay
-        return (2 + 2 * beta) / (lr * (1 - self.dampening)) - decay
+        damped = self.dampening if beta else 0.0  # torch ignores it without momentum
+        return (2 + 2 * beta) / (lr * (1 - damped)) - decay
 
 
 def update_rules(optimizer: torch.optim.Optimizer) -> list[UpdateRule]:

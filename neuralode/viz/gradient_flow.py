@@ -51,8 +51,8 @@ def trajectory_figure(
     for index, (label, path) in enumerate(finite.items()):
         look = _look(label, index)
         panel.plot(*path.T, label=label, markevery=max(1, len(path) // 60), **look)
-        end = {"marker": "o", "ms": 6} | _ENDS.get(label, {})
-        ends = {"color": look["color"], "mec": "black" if end["marker"] == "x" else "white"}
+        end: dict[str, Any] = {"marker": "o", "ms": 6} | _ENDS.get(label, {})
+        ends: dict[str, Any] = {"color": look["color"], "mec": "black" if end["marker"] == "x" else "white"}
         panel.plot(*path[-1:].T, ls="", label="_end", zorder=look["zorder"] + 10, **ends, **end)
     _mark_start(panel, [path for path in finite.values() if len(path)])
     panel.set(xlabel="first direction in θ", ylabel="second direction in θ")

@@ -26,6 +26,7 @@ from neuralode.ode import SolveError
 _WEIGHTS = {"defect": 1.0, "sharpness": 2.0, "derivatives": 1.0, "paths": 3.0, "figures": 1.0}
 _GRADIENTS = {"defect": 0.5, "sharpness": 26, "derivatives": 5, "paths": 200, "figures": 0}
 """What a measurement costs before it has been made, in gradients on the probe."""
+_PROBE = 1024
 _DRAWING, _CONTOURS = 0.6, 32
 """Seconds that the figures take, and what the loss under them costs, in gradients."""
 
@@ -47,7 +48,8 @@ class GradientFlowMonitor(pl.Callback):
             `piecewise`, the flow follows the minibatches of SGD, each for its own η; `global`, the flow from the first
             weights on runs next to the whole run.
         window: steps of a window; in the mode `global` steps between two points of the path.
-        probe: at most so many training samples are the batch on which all but the defect is measured.
+        probe: at most so many training samples are the batch on which all but the defect is measured; 1024 if not
+            given, in the mode `global` all of them.
         defect_every: steps between two measurements of the defect.
         every: steps between two measurements of sharpness, derivatives and windows.
         budget: share of the training's time that all this may take, kept by stretching the cadences; None for no limit.
@@ -58,7 +60,7 @@ class GradientFlowMonitor(pl.Callback):
     """
 
     def __init__(
-        self, folder: str, mode: str = "window", window: int = 50, probe: int = 1024, defect_every: int = 25,
+        self, folder: str, mode: str = "window", window: int = 50, probe: int | None = None, defect_every: int = 25,
         every: int = 500, budget: float | None = 0.1, rtol: float = 1e-3, plane: str = "ends", loss_floor: float = 0.0,
         loss_fn: Loss | None = None,
     ):  # fmt: skip
@@ -67,12 +69,13 @@ class GradientFlowMonitor(pl.Callback):
         if plane not in PLANES:
             raise UsageError(unknown("monitor.flow_plane", plane, PLANES))
         for name, value in (("window", window), ("probe", probe)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise UsageError(f"monitor.flow_{name} is {value}; it has to be at least 1.")
         if not rtol > 0:
             raise UsageError(f"monitor.flow_rtol is {rtol}; it has to be a positive number.")
         self.folder, self.mode, self.plane = Path(folder), mode, plane
-        self.samples, self.rtol, self.loss_floor, self.loss_fn = probe, rtol, loss_floor, loss_fn or training_loss
+        most = _PROBE if probe is None and mode != "global" else probe
+        self.samples, self.rtol, self.loss_floor, self.loss_fn = most, rtol, loss_floor, loss_fn or training_loss
         paths = window if mode == "global" else every
         cadences = {
             "defect": defect_every,
@@ -161,6 +164,9 @@ class GradientFlowMonitor(pl.Callback):
             self._restore(resumed)
         if self._batch is not None:
             self._prepare(trainer, module)
+            if not resumed:
+                self._lrs = [float(group["lr"]) for group in self._optimizer(trainer).param_groups]
+                self._measure_due(trainer)
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         self._s, self.defect.trusts_training = saved["s"], saved["trusts"]
@@ -224,6 +230,9 @@ class GradientFlowMonitor(pl.Callback):
         if self.defect.noted:
             with self.governor.measuring("defect", self._seen - 1):
                 self._write(self.defect.measure(self._on_step(batches), self._lrs[0]))
+        self._measure_due(trainer)
+
+    def _measure_due(self, trainer: pl.Trainer) -> None:
         while (kind := self.governor.choose(self._seen, self._kinds())) is not None:
             begins = kind == "paths" and self.mode != "global"
             with self.governor.measuring(kind, self._seen, ends=not begins):

@@ -36,8 +36,8 @@ def mean_loss(loss: Loss) -> Callable[[Any, Sequence[Any]], torch.Tensor]:
     return lambda module, batches: sum(loss(module, batch) for batch in batches) / len(batches)  # type: ignore[return-value]
 
 
-def probe_batch(trainer: pl.Trainer, module: pl.LightningModule, samples: int) -> Any | None:
-    """At most `samples` fixed training samples as one batch on the module's device; None if the data cannot be indexed.
+def probe_batch(trainer: pl.Trainer, module: pl.LightningModule, samples: int | None) -> Any | None:
+    """At most `samples` fixed training samples (None: all) as one batch on the device; None for data without an index.
 
     The same samples in every run: a generator of its own draws them.
     """
@@ -55,8 +55,8 @@ def probe_batch(trainer: pl.Trainer, module: pl.LightningModule, samples: int) -
     return trainer.strategy.batch_to_device(batch, module.device)
 
 
-def _chosen(count: int, most: int) -> torch.Tensor:
-    if count <= most:
+def _chosen(count: int, most: int | None) -> torch.Tensor:
+    if most is None or count <= most:
         return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
 
