@@ -58,7 +58,7 @@ def trajectory_figure(
     panel.set(xlabel="first direction in θ", ylabel="second direction in θ")
     panel.set_title(f"the plane holds {100 * explained:.0f} % of the path", fontsize=8, color="#404040")
     width, height = panel.dataLim.size
-    if 0 < max(width, height) <= 4 * min(width, height):
+    if 0 < max(width, height) <= 1.5 * min(width, height):
         panel.set_aspect("equal", adjustable="box")
     if paths:
         figure.legend(loc="outside lower center", ncols=min(4, len(paths)), fontsize=8, frameon=False, handlelength=2.8)

@@ -82,7 +82,7 @@ class GradientFlowMonitor(pl.Callback):
             "sharpness": every,
             "derivatives": every,
             "paths": paths,
-            "figures": 10 * every,
+            "figures": 10 * every if budget is None else every,  # they are dear where nothing bounds them
         }
         self.governor = Governor(cadences, _WEIGHTS, budget, at_end="figures")
         self.defect, self.edge, self.flow_sharpness = Defect(), Edge(), Sharpness()

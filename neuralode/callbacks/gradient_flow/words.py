@@ -31,7 +31,8 @@ def in_words(step: int, sharpness: float, threshold: float, formula: str, steps_
         sentences.append(f"At its present pace the sharpness reaches the edge in about {steps_to_edge:.0f} steps.")
     if math.isfinite(flow_rate):
         pace = f"The flow would fall at {flow_rate:.2g} a step"
-        sentences.append(f"{pace}, {name} falls at {fall:.2g}." if math.isfinite(fall) else f"{pace}.")
+        moves = "falls" if fall >= 0 else "rises"
+        sentences.append(f"{pace}, {name} {moves} at {abs(fall):.2g}." if math.isfinite(fall) else f"{pace}.")
     return " ".join(sentences)
 
 
