@@ -45,10 +45,14 @@ class Schedule:
 class OptimizerFlow:
     """The flow of an optimiser, its momenta included, in continuous iterations k; SGD without momentum included.
 
-    A state is [θ], [θ, θ̇] or [θ, m, v], stacked, [n, P], with the dot for d/dk:
+    A state is [θ], [θ, u] or [θ, m, v], stacked, [n, P], with the dot for d/dk:
 
-    - SGD: θ̇ = −ηg; with momentum (1+β)θ̈/2 + (1−β)θ̇ = −η(1−d)g, and for PyTorch's Nesterov + ηβHθ̇ on the left.
-    - Adam: ṁ = (1−β₁)(g−m), v̇ = (1−β₂)(g²−v), θ̇ = −η m̂/(√v̂+ε), AdamW − ηwθ, bias-corrected by 1 − β^k at k steps.
+    - SGD: θ̇ = −ηg; with momentum θ̇ = −ηu, (1+β)u̇/2 + (1−β)u = (1−d)g, and for PyTorch's Nesterov + βHθ̇ on the right.
+      Where η is constant, (1+β)θ̈/2 + (1−β)θ̇ = −η(1−d)g.
+    - Adam: (1+β₁)ṁ/2 = (1−β₁)(g−m), (1+β₂)v̇/2 = (1−β₂)(g²−v), θ̇ = −η m̂/(√v̂+ε), AdamW − ηwθ.
+
+    The averages that move the weights from k to k+1 are the flow's at k+½; so they start half a step on, and Adam's are
+    bias-corrected by 1 − β^(k+½). With that the flow stays within O(η²) of the iterates, not O(η).
 
     Coupled weight decay w is part of g. (Kovachki and Stuart 2021; Barakat and Bianchi 2021.)
 
@@ -75,45 +79,57 @@ class OptimizerFlow:
 
     def start(self, theta: torch.Tensor) -> torch.Tensor:
         """The flow's state where weights and optimiser are now, [n, P]."""
+        if not self.rule.adaptive and self.rule.momentum == 0:
+            return theta[None]
+        g, beta = self._slope(theta), self.beta
         if self.rule.adaptive:
-            return torch.stack([theta, *(self._state.vector(name, theta) for name in ("exp_avg", "exp_avg_sq"))])
-        if self.rule.momentum > 0:
-            return torch.stack([theta, -self.schedule.at(0.0) * self._state.vector("momentum_buffer", theta)])
-        return theta[None]
+            m, v = (self._state.vector(name, theta) for name in ("exp_avg", "exp_avg_sq"))
+            return torch.stack(
+                [theta, _half_on(m, beta, 1 - beta, g), _half_on(v, self.square, 1 - self.square, g * g)]
+            )
+        if any("momentum_buffer" in state for state in self._state.states):
+            before = self._state.vector("momentum_buffer", theta)
+        else:
+            before = self.dampening / beta * g  # torch does not dampen the first gradient
+        u = _half_on(before, beta, 1 - self.dampening, g)
+        return torch.stack([theta, g + beta * u if self.rule.nesterov else u])
+
+    def _slope(self, theta: torch.Tensor) -> torch.Tensor:
+        """g with coupled weight decay, [P]."""
+        g = self.field.gradient(theta)
+        return g if self.rule.kind == "adamw" else g + self.decay * theta
 
     def __call__(self, k: Any, z: torch.Tensor) -> torch.Tensor:
         """d/dk of the state, [n, P]."""
-        theta, lr, now = z[0], self.schedule.at(float(k)), float(k)
-        g = self.field.gradient(theta)
-        if self.rule.kind != "adamw":
-            g = g + self.decay * theta
+        theta, lr = z[0], self.schedule.at(float(k))
+        g, beta = self._slope(theta), self.beta
         if self.rule.adaptive:
-            return self._adam(now, z, lr, g)
+            return self._adam(float(k), z, lr, g)
         if len(z) == 1:
             return (-lr * g)[None]
-        velocity, beta = z[1], self.beta
-        force = lr * (1 - self.dampening) * g + (1 - beta) * velocity
+        move, force = -lr * z[1], (1 - self.dampening) * g - (1 - beta) * z[1]
         if self.rule.nesterov:
-            force = force + lr * beta * (self.field.product(theta, velocity) + self.decay * velocity)
-        return torch.stack([velocity, -2 / (1 + beta) * force])
+            force = force + beta * (self.field.product(theta, move) + self.decay * move)
+        return torch.stack([move, 2 / (1 + beta) * force])
 
     def _adam(self, k: float, z: torch.Tensor, lr: Numbers, g: torch.Tensor) -> torch.Tensor:
         theta, m, v = z
-        steps = k + self.begun
-        if steps <= 0:  # the limit of the bias-corrected averages at the first step
-            mean, square = g, g.square()
-        else:
-            mean = m / (1 - self.beta**steps)
-            square = v / (1 - self.square**steps)
-        move = mean / (square.clamp_min(0).sqrt() + self.eps)
+        beta, square, steps = self.beta, self.square, k + self.begun + 0.5
+        move = m / (1 - beta**steps) / ((v / (1 - square**steps)).clamp_min(0).sqrt() + self.eps)
         if self.rule.kind == "adamw":
             move = move + self.decay * theta
-        return torch.stack([-lr * move, (1 - self.beta) * (g - m), (1 - self.square) * (g.square() - v)])
+        slopes = (2 * (1 - beta) / (1 + beta) * (g - m), 2 * (1 - square) / (1 + square) * (g.square() - v))
+        return torch.stack([-lr * move, *slopes])
 
     @property
     def method(self) -> str:
         """The solver that serves: the flows with momenta oscillate, which stabilised methods do not bear."""
         return "rkc2" if self.rule.kind == "sgd" and self.rule.momentum == 0 else "tsit5"
+
+
+def _half_on(average: torch.Tensor, kept: Numbers, taken: Numbers, new: torch.Tensor) -> torch.Tensor:
+    """A running average half a step on: the mean of what it is and of what the next step makes of it."""
+    return (average + kept * average + taken * new) / 2
 
 
 def follow(

@@ -52,12 +52,17 @@ def capture(optimizer: torch.optim.Optimizer) -> OptimizerState:
     """A copy of an optimiser's state, flattened group by group. It belongs to an element-wise optimiser."""
     settings, states, sizes = [], [], []
     for group, parameters in zip(optimizer.param_groups, moving(optimizer), strict=True):
-        settings.append({k: v for k, v in group.items() if k not in _NOT_COPIED})
+        # a learning rate may be a tensor, which schedulers change in place
+        settings.append({k: _plain(v) for k, v in group.items() if k not in _NOT_COPIED})
         sizes.append(sum(p.numel() for p in parameters))
         states.append(_joined([optimizer.state.get(p, {}) for p in parameters], parameters))
     # of a subclass the part that torch knows, which is what its flow is known of
     known = next((c for c in type(optimizer).__mro__ if c in vars(torch.optim).values()), type(optimizer))
     return OptimizerState(known, settings, states, sizes)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _joined(states: Sequence[Any], parameters: Sequence[torch.Tensor]) -> dict[str, Any]:

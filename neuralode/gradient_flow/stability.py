@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,16 +38,20 @@ def stability(
     """Sharpness against threshold at θ, [P], for an optimiser in this state.
 
     Where groups have different learning rates, the eigenvalue is that of DH with the rates over the largest of them as
-    D; where they differ otherwise, the strictest threshold counts.
+    D; where they differ otherwise, the strictest threshold counts. Coupled weight decay is part of H for Adam, and for
+    SGD where groups differ in it. Before Adam's first step its v is what the gradient at θ will make of it.
     """
     estimate = Sharpness() if sharpness is None else sharpness
-    rates = [rule.lr for rule in rules]
-    largest = max(rates)
-    strictest = min(rules, key=lambda rule: _at(rule, largest).threshold)
-    threshold = _at(strictest, largest).threshold
-    decay = same_or_each([r.weight_decay if r.kind == "adam" else 0.0 for r in rules], state.sizes, theta)
+    largest = max(rule.lr for rule in rules)
+    apart = len({rule.weight_decay for rule in rules}) == 1
+    coupled = [
+        rule.weight_decay if rule.kind == "adam" or (rule.kind == "sgd" and not apart) else 0.0 for rule in rules
+    ]
+    alike = [replace(r, lr=largest, weight_decay=r.weight_decay - c) for r, c in zip(rules, coupled, strict=True)]
+    threshold = min(rule.threshold for rule in alike)
+    decay = same_or_each(coupled, state.sizes, theta)
     with field.borrowed():
-        scale = _scale(rules, state, theta, largest)
+        scale = _scale(field, rules, state, theta, largest)
 
         def product(v: torch.Tensor) -> torch.Tensor:
             return field.product(theta, v) + decay * v
@@ -56,21 +60,19 @@ def stability(
     return Stability(found.value, threshold, found.vector, found.residual)
 
 
-def _at(rule: UpdateRule, lr: float) -> UpdateRule:
-    return UpdateRule(**{**vars(rule), "lr": lr})
-
-
 def _scale(
-    rules: Sequence[UpdateRule], state: OptimizerState, theta: torch.Tensor, largest: float
+    field: GradientField, rules: Sequence[UpdateRule], state: OptimizerState, theta: torch.Tensor, largest: float
 ) -> torch.Tensor | None:
     """D of `Sharpness`, [P]: learning rates over the largest, over P = (√v̂ + ε)(1 − β₁^t) of Adam."""
     relative = same_or_each([rule.lr / largest if largest else 1.0 for rule in rules], state.sizes, theta)
     if not rules[0].adaptive:
         return None if isinstance(relative, float) else relative
-    steps = max(state.steps, 1.0)
     beta, square, eps = (
         same_or_each([getattr(rule, name) for rule in rules], state.sizes, theta)
         for name in ("momentum", "square", "eps")
     )
-    mean_square = state.vector("exp_avg_sq", theta) / (1 - square**steps)
+    if state.steps:
+        mean_square, steps = state.vector("exp_avg_sq", theta) / (1 - square**state.steps), state.steps
+    else:
+        mean_square, steps = field.gradient(theta).square(), 1.0
     return relative / ((mean_square.sqrt() + eps) * (1 - beta**steps))

@@ -42,7 +42,7 @@ class UpdateRule:
 
         Cohen et al. 2021, "Gradient descent on neural networks typically occurs at the edge of stability"; for Adam
         Cohen et al. 2022, "Adaptive gradient methods at the edge of stability". Coupled weight decay is part of H in
-        Adam's case: see `preconditioner`.
+        Adam's case: see `stability`.
         """
         lr, beta, decay = self.lr, self.momentum, self.weight_decay
         if lr == 0:
