@@ -123,6 +123,6 @@ def _compare(found: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...], m
         apart = float((x - y).norm()) / scale if scale else 0.0
         if not apart <= most:
             raise UsageError(
-                f"autograd and differences of gradients disagree on {name} by {100 * apart:.1f} %: some layer is not to "
+                f"autograd and differences of gradients differ on {name} by {100 * apart:.1f} %: some layer is not to "
                 "be differentiated that often (nn.LayerNorm has a wrong third derivative); use way='differences'."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,11 +13,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+_LARGE = 2**20
+"""Entries of a tensor attribute beyond which it is taken for data, which no forward pass changes."""
+
 
 class Frozen:
     """What a module holds besides its weights, to be put back after each evaluation and at the end.
 
-    Buffers, the attributes of every submodule (modes, counters, statistics of a solve) and the random states. While it
+    Buffers, the attributes of every submodule (modes, counters, statistics of a solve; lists, dicts, sets and tensors
+    with their contents, one level deep) and the random states. While it
     is in force batch norms use their running statistics, and every evaluation draws the same random numbers, so that
     the loss is a function of the weights alone.
     """
@@ -25,8 +30,12 @@ class Frozen:
         self.parameters, self.seed = parameters, seed
         self._weights = [p.data for p in parameters]
         self._attributes = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
+        values = [value for _, attributes, _ in self._attributes for value in attributes.values()]
         held = [b for _, _, buffers in self._attributes for b in buffers.values() if b is not None]
+        held += [x for x in values if isinstance(x, torch.Tensor) and x.numel() <= _LARGE]
         self._contents = [(b, b.detach().clone()) for b in held]
+        # what a forward pass adds to or takes from, such as a metric's list of results
+        self._containers = [(value, copy.copy(value)) for value in values if isinstance(value, list | dict | set)]
         self._devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
         for part in module.modules():
             if isinstance(part, _BatchNorm) and part.track_running_stats:
@@ -70,6 +79,12 @@ class Frozen:
             for name in part.__dict__.keys() - attributes.keys():
                 del part.__dict__[name]
             part.__dict__.update(attributes)
+        for container, content in self._containers:
+            if isinstance(container, list):
+                container[:] = content
+            elif isinstance(container, set) or not _same_items(container, content):
+                container.clear()
+                container.update(content)
 
 
 @contextlib.contextmanager
@@ -90,6 +105,10 @@ def frozen(module: nn.Module, parameters: Sequence[nn.Parameter], seed: int) -> 
 def _ordinary_tensors() -> contextlib.AbstractContextManager[Any]:
     """Leaves inference mode, which has no gradients: validation may run in it."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
+def _same_items(a: dict[Any, Any], b: Any) -> bool:
+    return len(a) == len(b) and all(x is y and v is w for (x, v), (y, w) in zip(a.items(), b.items(), strict=True))
 
 
 def flatten(tensors: Sequence[Any], like: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from neuralode.viz.phase_portrait import Array
 from neuralode.viz.style import COLOURS, GREY, new_figure
@@ -54,15 +54,17 @@ def trajectory_figure(
         end: dict[str, Any] = {"marker": "o", "ms": 6} | _ENDS.get(label, {})
         ends: dict[str, Any] = {"color": look["color"], "mec": "black" if end["marker"] == "x" else "white"}
         panel.plot(*path[-1:].T, ls="", label="_end", zorder=look["zorder"] + 10, **ends, **end)
-    _mark_start(panel, [path for path in finite.values() if len(path)])
+    if seen := [path for path in finite.values() if len(path)]:
+        _mark_start(panel, seen)
     panel.set(xlabel="first direction in θ", ylabel="second direction in θ")
-    panel.set_title(f"the plane holds {100 * explained:.0f} % of the path", fontsize=8, color="#404040")
+    panel.set_title(title, fontsize=10, pad=20)
+    note = f"the plane holds {100 * explained:.0f} % of the path"
+    panel.text(0.5, 1.02, note, transform=panel.transAxes, fontsize=8, ha="center")
     width, height = panel.dataLim.size
     if 0 < max(width, height) <= 1.5 * min(width, height):
         panel.set_aspect("equal", adjustable="box")
     if paths:
         figure.legend(loc="outside lower center", ncols=min(4, len(paths)), fontsize=8, frameon=False, handlelength=2.8)
-    figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -81,7 +83,8 @@ def curves_figure(s: Array, losses: Mapping[str, Array], distances: Mapping[str,
             panel.plot(s, values, label=label, markevery=max(1, len(s) // 40), **_look(label, index))
         panel.set(xlabel="flow time s = Σ η", ylabel=name)
         if curves:
-            panel.legend(fontsize=8, handlelength=2.8)
+            above: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2}
+            panel.legend(fontsize=8, frameon=False, handlelength=2.8, **above)
     if _spans_a_decade(losses.values()):
         panels[0].set_yscale("log")
     panels[1].set_ylim(bottom=0)
@@ -104,16 +107,19 @@ def edge_figure(steps: Array, sharpness: Array, threshold: Array, title: str) ->
     edge = np.minimum(threshold, top)
     panel.fill_between(steps, edge, top, color=_RED, alpha=0.13, lw=0)
     panel.fill_between(steps, 0, edge, color=_GREEN, alpha=0.13, lw=0)
-    panel.plot(steps, sharpness, color=COLOURS[0], lw=1.4, label="sharpness $λ_{max}$")
+    # It is measured more seldom than the threshold is known: join the measurements over the gaps.
+    known = np.isfinite(sharpness)
+    style, label = ".-" if known.sum() < 50 else "-", r"sharpness $λ_\mathrm{max}$"
+    panel.plot(steps[known], sharpness[known], style, color=COLOURS[0], lw=1.4, label=label)
     panel.plot(steps, threshold, color="black", lw=1.2, ls="--", label="stability threshold")
-    panel.set_ylim(0, top)
     panel.margins(x=0)
-    panel.set(xlabel="step", ylabel="largest eigenvalue of the Hessian")
+    panel.set(xlabel="step", ylabel="largest eigenvalue of the Hessian", ylim=(0, top))
+    line = np.interp(steps, steps[known], sharpness[known]) if known.any() else np.zeros(len(steps))
     # The words go where neither line runs.
-    _write_in_gap(panel, "oscillates", steps, np.fmax(edge, sharpness), np.full(len(steps), top), _RED)
-    _write_in_gap(panel, "stable", steps, np.zeros(len(steps)), np.fmin(edge, sharpness), _GREEN)
-    crossing = _first_crossing(steps, sharpness, threshold)
-    if crossing is not None:
+    _write_in_gap(panel, "oscillates", steps, np.maximum(edge, line), np.full(len(steps), top), _RED)
+    over = edge - line > line
+    _write_in_gap(panel, "stable", steps, np.where(over, line, 0), np.where(over, edge, np.minimum(edge, line)), _GREEN)
+    if crossing := _first_crossing(steps, sharpness, threshold):
         _mark_crossing(panel, *crossing)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10)
@@ -128,17 +134,18 @@ def gauge_figure(ratio: float, title: str = "") -> Figure:
         title: of the figure, if any.
     """
     figure, (panel,) = new_figure(1, (5.2, 2.3))
+    dim = 0.3 if np.isnan(ratio) else 1.0
     for left, right, colour in ((0.0, _NEAR, _GREEN), (_NEAR, _EDGE, _AMBER), (_EDGE, _SCALE, _RED)):
-        panel.barh(0, right - left, left=left, height=1, color=colour, edgecolor="white", lw=1.5)
+        panel.barh(0, right - left, left=left, height=1, color=colour, alpha=dim, edgecolor="white", lw=1.5)
     number, words, colour = _verdict(ratio)
     if not np.isnan(ratio):
         place = min(max(ratio, 0.0), _SCALE)
-        panel.plot([place] * 2, [-0.6, 0.75], color="black", lw=2.5, label="needle", clip_on=False, zorder=3)
-        panel.plot([place], [0.75], "v", color="black", ms=11, label="_head", clip_on=False, zorder=3)
+        look: dict[str, Any] = {"color": "black", "lw": 2.5, "ms": 11, "clip_on": False, "zorder": 3}
+        panel.plot([place] * 2, [-0.6, 0.75], "v-", markevery=[1], label="needle", **look)
     panel.text(_SCALE / 2, 1.15, number, fontsize=28, fontweight="bold", color=colour, ha="center", va="bottom")
     panel.set_xlabel(words, fontsize=10, labelpad=8)
     panel.set_xticks([0, _NEAR, _EDGE, _SCALE], ["0", "0.8", "1\nedge", "1.5"], fontsize=8)
-    panel.set(xlim=(0, _SCALE), ylim=(-0.6, 2.6), yticks=[])
+    panel.set(xlim=(0, _SCALE), ylim=(-0.6, 2.3), yticks=[])
     panel.tick_params(axis="x", length=0)
     panel.spines[:].set_visible(False)
     if title:
@@ -153,8 +160,7 @@ def _look(label: str, index: int) -> dict[str, Any]:
 
 
 def _finite(values: Array) -> Array:
-    array = np.asarray(values, dtype=float)
-    return array[np.isfinite(array)]
+    return np.extract(np.isfinite(values), values)
 
 
 def _spans_a_decade(curves: Iterable[Array]) -> bool:
@@ -169,54 +175,48 @@ def _draw_loss(figure: Figure, panel: Axes, x: Array, y: Array, loss: Array) -> 
     low, high, log = float(found.min()), float(found.max()), _spans_a_decade([loss])
     levels = np.geomspace(low, high, 16) if log else np.linspace(low, high, 13)
     levels[0], levels[-1] = low, high  # rounding must not leave the extremes out
-    masked = np.ma.masked_invalid(loss)
+    masked = np.ma.array(loss, mask=~np.isfinite(loss))
     look: dict[str, Any] = {"levels": levels, "norm": LogNorm(low, high) if log else None}
     filled = panel.contourf(x, y, masked, cmap="Greys", alpha=0.45, **look)
     panel.contour(x, y, masked, colors="white", linewidths=0.5, levels=levels[1:-1])
     ticks = LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)) if log else MaxNLocator(6)
-    bar = figure.colorbar(filled, ax=panel, label="loss", ticks=ticks, shrink=0.8)
-    if log:
-        bar.ax.yaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
-        bar.ax.minorticks_off()
+    bar = figure.colorbar(filled, ax=panel, label="loss", ticks=ticks, format="%g", shrink=0.8)
+    bar.ax.minorticks_off()
+    if masked.mask.any():  # where the loss overflows must not look like a low loss; 0.01 closes the gap to the finite
+        gone = panel.contourf(x, y, masked.mask, levels=[0.01, 1.5], colors="none", hatches=["///"], zorder=0.5)
+        gone.set(edgecolor="#c0c0c0", linewidth=0)
 
 
 def _mark_start(panel: Axes, paths: list[Array]) -> None:
-    if not paths:
-        return
     start = paths[0][0]
     panel.plot(*start, "o", color="white", mec="black", ms=7, label="_start", zorder=20)
-    # The word stands on the far side of the way that the paths take.
-    away = start - np.mean([path.mean(axis=0) for path in paths], axis=0)
-    up, right = away[1] >= 0, away[0] >= 0
-    panel.annotate(
-        "start",
-        start,
-        xytext=(7 if right else -7, 7 if up else -7),
-        textcoords="offset points",
-        ha="left" if right else "right",
-        va="bottom" if up else "top",
-        fontsize=9,
-        bbox=_PAPER,
-        zorder=20,
-    )
+    ahead = np.mean([path.mean(axis=0) for path in paths], axis=0) - start
+    _say(panel, "start", start, right=ahead[0] > 0, up=ahead[1] < 0)
+
+
+def _say(panel: Axes, words: str, point: Any, right: bool, up: bool) -> None:
+    offset = (9 if right else -9, 9 if up else -9)
+    look: dict[str, Any] = {"ha": "left" if right else "right", "va": "bottom" if up else "top", "bbox": _PAPER}
+    panel.annotate(words, point, xytext=offset, textcoords="offset points", fontsize=9, zorder=20, **look)
 
 
 def _ceiling(sharpness: Array, threshold: Array) -> float:
     # A decaying learning rate sends the threshold to infinity; it must not flatten the sharpness.
-    edge = _finite(threshold)
-    needed = max([*_finite(sharpness), edge.min() if edge.size else 0.0])
-    highest = edge.max() if edge.size else 0.0
-    return 1.25 * float(min(max(highest, needed), 2 * needed)) or 1.0
+    edge = _finite(threshold) if np.isfinite(threshold).any() else np.zeros(1)
+    needed = max([*_finite(sharpness), edge.min()])
+    return 1.25 * float(min(max(edge.max(), needed), 2 * needed)) or 1.0
 
 
 def _write_in_gap(panel: Axes, word: str, steps: Array, low: Array, high: Array, colour: str) -> None:
-    first, last = steps[0], steps[-1]
-    inner = (steps >= first + 0.12 * (last - first)) & (steps <= last - 0.12 * (last - first))
-    gap = np.where(inner & np.isfinite(high - low), high - low, -np.inf)
-    at = int(gap.argmax())
-    if gap[at] > 0:
-        middle = (low[at] + high[at]) / 2
-        panel.text(steps[at], middle, word, color=colour, ha="center", va="center", fontsize=11, fontweight="bold")
+    first, width = steps[0], steps[-1] - steps[0]
+    best, at, middle = 0.0, 0.0, 0.0
+    for place in first + width * np.linspace(0.12, 0.88, 20):
+        near = place + width * np.linspace(-0.12, 0.12, 9)  # the word's own width, and air
+        bottom, top = np.interp(near, steps, low).max(), np.interp(near, steps, high).min()
+        if top - bottom > best:
+            best, at, middle = top - bottom, place, (bottom + top) / 2
+    if best > 0:
+        panel.text(at, middle, word, color=colour, ha="center", va="center", fontsize=11, fontweight="bold")
 
 
 def _first_crossing(steps: Array, sharpness: Array, threshold: Array) -> tuple[float, float] | None:
@@ -233,19 +233,8 @@ def _first_crossing(steps: Array, sharpness: Array, threshold: Array) -> tuple[f
 
 def _mark_crossing(panel: Axes, step: float, value: float) -> None:
     panel.plot([step], [value], "o", color=COLOURS[0], mec="white", ms=8, label="_crossing", zorder=5)
-    left, right = panel.get_xlim()
-    late = step > left + 0.65 * (right - left)  # the words would leave the figure
-    panel.annotate(
-        f"crosses at step {step:.0f}",
-        (step, value),
-        xytext=(-8, 8) if late else (10, -10),
-        textcoords="offset points",
-        ha="right" if late else "left",
-        va="bottom" if late else "top",
-        fontsize=9,
-        bbox=_PAPER,
-        zorder=5,
-    )
+    late = panel.transLimits.transform((step, value))[0] > 0.65  # words on the right would leave the figure
+    _say(panel, f"crosses at step {step:.0f}", (step, value), right=not late, up=late)
 
 
 def _verdict(ratio: float) -> tuple[str, str, str]:

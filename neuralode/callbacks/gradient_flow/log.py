@@ -22,15 +22,17 @@ class FlowLog:
     Args:
         trainer: its loggers receive what belongs to the run itself.
         folder: of `scalars.csv` and the PNG files.
-        resumed_at: the step that a resumed run goes on from; what a killed run had written beyond it is dropped.
+        resumed_at: the step that a resumed run goes on from.
+        rows: of `scalars.csv` at that step; what a killed run had written after them is dropped.
     """
 
-    def __init__(self, trainer: pl.Trainer, folder: Path, resumed_at: int | None):
+    def __init__(self, trainer: pl.Trainer, folder: Path, resumed_at: int | None = None, rows: int = 0):
         self.trainer, self.folder, self.resumed_at = trainer, folder, resumed_at
         self._writers: dict[str, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._csv = folder / "scalars.csv"
-        kept = [row for row in self._read() if int(row["step"]) <= (resumed_at or -1)]
+        kept = self._read()[:rows]
+        self.rows = len(kept)
         with self._csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, _COLUMNS)
             writer.writeheader()
@@ -47,6 +49,7 @@ class FlowLog:
                     writer.add_scalar(tag, value, step)
         with self._csv.open("a", newline="") as file:
             csv.writer(file).writerows((step, path, tag, repr(float(value))) for tag, value in values.items())
+        self.rows += len(values)
 
     def text(self, step: int, tag: str, words: str) -> None:
         for writer in self._experiments():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,10 +64,11 @@ class Edge:
         """Step, sharpness and loss on the probe of the last measurement."""
 
     def measure(
-        self, field: GradientField, optimizer: torch.optim.Optimizer, step: int, lr: float
+        self, field: GradientField, optimizer: torch.optim.Optimizer, step: int, lrs: Sequence[float]
     ) -> tuple[Scalars, str]:
-        """The scalars, and what they mean in words; `lr` is that of the last step."""
-        rules, theta = update_rules(optimizer), field.theta
+        """The scalars, and what they mean in words; `lrs` are those of the groups in the last step."""
+        rules = [replace(rule, lr=lr) for rule, lr in zip(update_rules(optimizer), lrs, strict=True)]
+        theta = field.theta
         found = stability(field, theta, rules, capture(optimizer), self.sharpness)
         loss, gradient = field.loss_and_gradient(theta)
         steps_to_edge, fall = math.inf, math.nan
@@ -86,7 +88,7 @@ class Edge:
             values["flow/steps_to_edge"] = steps_to_edge
         rule, square = rules[0], float(gradient @ gradient)
         # momentum adds up a gradient that hardly changes
-        rate = lr * square * (1 - rule.dampening) / (1 - rule.momentum) if rule.kind == "sgd" else math.nan
+        rate = rule.lr * square * (1 - rule.dampening) / (1 - rule.momentum) if rule.kind == "sgd" else math.nan
         words = in_words(
             step, found.sharpness, found.threshold, formula(rules), steps_to_edge, rate, fall, name_of(rules)
         )

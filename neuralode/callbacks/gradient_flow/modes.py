@@ -122,7 +122,7 @@ class Window:
             dynamics = OptimizerFlow(settings.field, rules, state, lrs)
             found = follow(
                 dynamics, dynamics.start(start), reads, rtol=settings.rtol, sharpness=settings.sharpness,
-                max_steps=4 * self.length + 50,
+                max_steps=40 * self.length + 500,
             )  # fmt: skip
             paths[FLOW] = list(found.thetas)
             paths[DESCENT] = _descent(settings.field, start, state, lrs, reads)

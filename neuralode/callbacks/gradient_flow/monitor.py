@@ -18,7 +18,7 @@ from neuralode.callbacks.gradient_flow.measurements import Defect, Edge, derivat
 from neuralode.callbacks.gradient_flow.modes import MODES, Global, Paths, Settings, Window
 from neuralode.callbacks.gradient_flow.probe import Loss, mean_loss, probe_batch, training_loss, unable
 from neuralode.errors import UsageError, unknown
-from neuralode.gradient_flow import GradientField, Sharpness, capture, update_rules
+from neuralode.gradient_flow import GradientField, OptimizerFlow, Sharpness, capture, update_rules
 from neuralode.gradient_flow.plane import PLANES
 from neuralode.gradient_flow.update_rule import moving
 from neuralode.ode import SolveError
@@ -102,6 +102,8 @@ class GradientFlowMonitor(pl.Callback):
         self._settings: Settings | None = None
         self._batch: Any = None
         self._loaded: Mapping[str, Any] | None = None
+        self._final: Mapping[str, Any] | None = None
+        """The state after a fit, for checkpoints that are saved only then."""
 
     # --- hooks -------------------------------------------------------------------------------------------------------
 
@@ -121,17 +123,18 @@ class GradientFlowMonitor(pl.Callback):
         self._guarded(trainer, self._finish, trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._final = self.state_dict()
         if self._log is not None:
             self._log.close()
         self._log = self._settings = self._batch = None
 
     def state_dict(self) -> dict[str, Any]:
-        if self._off or self._settings is None:
-            return dict(self._loaded or {})
+        if self._off or self._settings is None or self._log is None:
+            return dict(self._final or self._loaded or {})
         parts = {name: getattr(self, name).state_dict() for name in _PARTS}
         return parts | {
             "s": self._s, "batch": self._batch, "mode": self.mode, "summary": dict(self.summary),
-            "trusts": self.defect.trusts_training,
+            "trusts": self.defect.trusts_training, "rows": self._log.rows,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -157,7 +160,11 @@ class GradientFlowMonitor(pl.Callback):
         update_rules(self._optimizer(trainer))
         resumed = self._loaded if self._loaded and self._loaded.get("mode") == self.mode else None
         self._seen = trainer.global_step
-        self._log = FlowLog(trainer, self.folder, trainer.global_step if resumed else None)
+        self._log = (
+            FlowLog(trainer, self.folder, trainer.global_step, resumed["rows"])
+            if resumed
+            else FlowLog(trainer, self.folder)
+        )
         self.governor.start()
         self._batch = resumed["batch"] if resumed else probe_batch(trainer, module, self.samples)
         if resumed:
@@ -177,12 +184,16 @@ class GradientFlowMonitor(pl.Callback):
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Once the probe is known."""
         weights = [p for group in moving(self._optimizer(trainer)) for p in group]
-        loss, clip = mean_loss(self.loss_fn), _clipping(trainer)
+        clip = _clipping(trainer)
 
-        def on_batches(batches: list[Any]) -> GradientField:
+        def on_batches(batches: list[Any], parts: int | None = None) -> GradientField:
+            loss = mean_loss(self.loss_fn, parts or trainer.accumulate_grad_batches)
             return GradientField(module, loss, batches, weights, seed=self._seed, transform=clip)
 
-        field = on_batches([self._batch])
+        field = on_batches([self._batch], 1)
+        optimizer = self._optimizer(trainer)
+        rules, state = update_rules(optimizer), capture(optimizer)
+        OptimizerFlow(field, rules, state, [[rule.lr for rule in rules]])  # refuses groups of different kinds now
         self._settings = Settings(field, self.rtol, self.flow_sharpness, on_batches)
         with self.governor.measuring("defect", 0, ends=False):
             field.gradient(field.theta)  # the first is slower than the others
@@ -192,16 +203,8 @@ class GradientFlowMonitor(pl.Callback):
         for kind, count in _GRADIENTS.items():
             self.governor.expect(kind, count * self._gradient_seconds + (_DRAWING if kind == "figures" else 0))
         if self.mode == "global" and not self.globally.paths.steps:
-            optimizer = self._optimizer(trainer)
             with self.governor.measuring("paths", trainer.global_step):
-                self.globally.begin(
-                    trainer.global_step,
-                    self._s,
-                    field.theta,
-                    capture(optimizer),
-                    self._settings,
-                    update_rules(optimizer),
-                )
+                self.globally.begin(trainer.global_step, self._s, field.theta, state, self._settings, rules)
 
     def _note_gradient(self, trainer: pl.Trainer, optimizer: Any) -> None:
         """Before a step: its learning rates, and the gradient that it takes, before clipping."""
@@ -260,7 +263,7 @@ class GradientFlowMonitor(pl.Callback):
 
     def _measure_sharpness(self, trainer: pl.Trainer) -> None:
         assert self._log is not None
-        values, words = self.edge.measure(self._field, self._optimizer(trainer), self._seen, self._lrs[0])
+        values, words = self.edge.measure(self._field, self._optimizer(trainer), self._seen, self._lrs)
         self._write(values | {"flow/overhead": self.governor.overhead})
         self.summary |= {name: values[f"flow/{name}"] for name in ("sharpness", "stability")}
         self._log.text(self._seen, "flow/summary", f"{words}\n\nThe monitor took {self.governor.report()}.")
@@ -317,7 +320,9 @@ class GradientFlowMonitor(pl.Callback):
             return
         with self.governor.measuring("paths", self._seen):
             if self.mode == "global":
-                self._advance(trainer)
+                if self.globally.behind:
+                    self._advance(trainer)
+                self.paths = self.globally.paths
             elif self.window.active and self.governor.affords_another("paths"):
                 self._finish_window(trainer)
         if self.governor.budget is None and (self.edge.last is None or self.edge.last[0] < self._seen):
@@ -358,9 +363,9 @@ class GradientFlowMonitor(pl.Callback):
 
 def _clipping(trainer: pl.Trainer) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """What the trainer does to a gradient [P] before the optimiser sees it."""
-    most, way = trainer.gradient_clip_val, str(trainer.gradient_clip_algorithm or "norm")
+    most = trainer.gradient_clip_val
     if not most:
         return None
-    if way.endswith("value"):
+    if trainer.gradient_clip_algorithm == "value":
         return lambda g: g.clamp(-most, most)
     return lambda g: g * (most / (torch.linalg.vector_norm(g) + 1e-6)).clamp_max(1.0)

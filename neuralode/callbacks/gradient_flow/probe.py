@@ -7,8 +7,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.utils.data import DataLoader, IterableDataset
 
 from neuralode.errors import UsageError
+from neuralode.gradient_flow.frozen import frozen
 from neuralode.tasks import Task
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -24,35 +27,49 @@ def training_loss(module: pl.LightningModule, batch: Any) -> torch.Tensor:
 
     # attributes of the instance, which go when the module is put back
     module.__dict__["log"] = module.__dict__["log_dict"] = mute
-    found = module.training_step(batch, 0)
+    indexed = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    found = module.training_step(batch, 0) if indexed else module.training_step(batch)
     loss = found["loss"] if isinstance(found, dict) else found
     if not isinstance(loss, torch.Tensor):
         raise UsageError("training_step returns no loss; give the monitor a loss_fn(module, batch).")
     return loss
 
 
-def mean_loss(loss: Loss) -> Callable[[Any, Sequence[Any]], torch.Tensor]:
-    """The loss of several batches that make one optimiser step: their mean, as accumulated gradients have it."""
-    return lambda module, batches: sum(loss(module, batch) for batch in batches) / len(batches)  # type: ignore[return-value]
+def mean_loss(loss: Loss, parts: int = 1) -> Callable[[Any, Sequence[Any]], torch.Tensor]:
+    """The loss of the batches that make one optimiser step, as accumulated gradients have it.
+
+    Args:
+        parts: batches that a step takes; at the end of an epoch there may be fewer, and the sum is over `parts` still.
+    """
+    return lambda module, batches: sum(loss(module, batch) for batch in batches) / parts  # type: ignore[return-value]
 
 
 def probe_batch(trainer: pl.Trainer, module: pl.LightningModule, samples: int | None) -> Any | None:
     """At most `samples` fixed training samples (None: all) as one batch on the device; None for data without an index.
 
-    The same samples in every run: a generator of its own draws them.
+    The same samples in every run: a generator of its own draws them. Datasets and hooks that draw random numbers, or
+    change the module, leave no trace either.
     """
-    loader: Any = trainer.train_dataloader
+    with frozen(module, list(module.parameters()), seed=0):
+        torch.manual_seed(0)
+        batch = _sample(trainer.train_dataloader, samples)
+        if batch is None:
+            return None
+        batch = trainer.precision_plugin.convert_input(batch)
+        return trainer.strategy.batch_to_device(batch, module.device)
+
+
+def _sample(loader: Any, samples: int | None) -> Any | None:
     tensors: Any = getattr(loader, "tensors", None)
     dataset: Any = getattr(loader, "dataset", None)
     if tensors is not None:
         rows = _chosen(len(tensors[0]), samples)
-        batch: Any = (*(tensor[rows] for tensor in tensors), *loader.shared)
-    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-        batch = loader.collate_fn([dataset[i] for i in _chosen(len(dataset), samples).tolist()])
-    else:
+        return (*(tensor[rows] for tensor in tensors), *loader.shared)
+    if not isinstance(loader, DataLoader) or loader.batch_sampler is None or isinstance(dataset, IterableDataset):
         return None
-    batch = trainer.precision_plugin.convert_input(batch)
-    return trainer.strategy.batch_to_device(batch, module.device)
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        return None
+    return loader.collate_fn([dataset[i] for i in _chosen(len(dataset), samples).tolist()])
 
 
 def _chosen(count: int, most: int | None) -> torch.Tensor:
