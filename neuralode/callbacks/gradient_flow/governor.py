@@ -109,7 +109,10 @@ class Governor:
 
     @contextlib.contextmanager
     def measuring(self, kind: str, step: int, ends: bool = True) -> Iterator[None]:
-        """Counts a block as time of a kind; if it `ends` a measurement, the next is due a cadence later."""
+        """Counts a block as time of a kind; if it `ends` a measurement, the next is due a cadence later.
+
+        Time that belongs to no measurement may have a kind of its own, which never ends.
+        """
         _synchronise()
         began = self._clock()
         try:
@@ -117,7 +120,7 @@ class Governor:
         finally:
             _synchronise()
             seconds = self._clock() - began
-            self._spent[kind] += seconds
+            self._spent[kind] = self._spent.get(kind, 0.0) + seconds
             if ends:
                 self._cost[kind] = seconds
                 if not self._count[kind]:
