@@ -28,7 +28,7 @@ _GRADIENTS = {"sharpness": 52, "derivatives": 10, "paths": 200, "figures": 0}
 """What a measurement costs before it has been made, in gradients on the probe as they were at the start: twice what it
 takes, for a solve takes more evaluations as its field learns."""
 _PROBE = 1024
-_LONG = 0.1
+_LONG = 1.0
 """Seconds of a gradient beside which what the first one costs beyond the others is nothing."""
 _DRAWING, _CONTOURS = 0.3, 32
 """Seconds that the figures take, and what the loss under them costs, in gradients."""
@@ -200,11 +200,15 @@ class GradientFlowMonitor(pl.Callback):
         self._settings = Settings(field, self.rtol, self.flow_sharpness, on_batches)
         with self.governor.measuring("start", trainer.global_step, ends=False):
             self._gradient_seconds = _seconds_of(field)
-        for kind, count in _GRADIENTS.items():
-            self.governor.expect(kind, count * self._gradient_seconds + (_DRAWING if kind == "figures" else 0))
+        self._expect()
         if self.mode == "global" and not self.globally.paths.steps:
             with self.governor.measuring("paths", trainer.global_step):
                 self.globally.begin(trainer.global_step, self._s, field.theta, state, self._settings, rules)
+
+    def _expect(self) -> None:
+        """Tells the governor what measurements will cost that have not been made yet."""
+        for kind, count in _GRADIENTS.items():
+            self.governor.expect(kind, count * self._gradient_seconds + (_DRAWING if kind == "figures" else 0))
 
     def _note_gradient(self, trainer: pl.Trainer, optimizer: Any) -> None:
         """Before a step: its learning rates, and the gradient that it takes, before clipping."""
@@ -271,7 +275,10 @@ class GradientFlowMonitor(pl.Callback):
         self._log.text(self._seen, "flow/summary", f"{words}\n\nThe monitor took {self.governor.report()}.")
 
     def _measure_derivatives(self, trainer: pl.Trainer) -> None:
+        began = time.perf_counter()
         self._write(derivative_values(self._field, self._lrs[0], self.loss_floor))
+        self._gradient_seconds = (time.perf_counter() - began) / 5  # the first of all may have been slow
+        self._expect()
 
     def _advance(self, trainer: pl.Trainer) -> None:
         assert self._settings is not None
