@@ -29,7 +29,7 @@ class MemoryBudget:
         except TypeError:  # not every callable can be referred to weakly
             known = {}
         if key not in known:
-            known[key] = _bytes_kept_by(integration.slope)
+            known[key] = _bytes_kept_by(integration.slope, y.numel() * y.element_size())
         self.each = known[key] + 2 * y.numel() * y.element_size()
 
     def suffices(self, evaluations: float) -> bool:
@@ -40,8 +40,12 @@ class MemoryBudget:
         return self.integration.in_graph * self.each > self.budget
 
 
-def _bytes_kept_by(evaluation: Callable[[], torch.Tensor]) -> int:
-    """Bytes that the graph of an evaluation keeps alive, parameters and inputs not counted."""
+_GUESS = 64
+"""States that a graph is taken to hold where it cannot be measured."""
+
+
+def _bytes_kept_by(evaluation: Callable[[], torch.Tensor], state: int) -> int:
+    """Bytes that the graph of an evaluation keeps alive, parameters and inputs not counted; the state has `state`."""
     sizes: dict[int, int] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -49,6 +53,12 @@ def _bytes_kept_by(evaluation: Callable[[], torch.Tensor]) -> int:
             sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        evaluation()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            evaluation()
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        evaluation()  # the field uses torch.func, which does not bear to be watched
+        return _GUESS * state
     return sum(sizes.values())

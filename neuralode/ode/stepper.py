@@ -16,7 +16,7 @@ from neuralode.ode.dense import DenseOutput, DensePiece
 from neuralode.ode.explicit import Method, Step, moment, row_norm
 from neuralode.ode.packing import Packing
 from neuralode.ode.solution import Stats, Status
-from neuralode.ode.tolerance import Tolerance, all_finite
+from neuralode.ode.tolerance import Tolerance, all_finite, in_transform
 
 
 class Failure(Exception):
@@ -230,12 +230,17 @@ class Integration:
         if self.settings.first_step is not None:
             return abs(self.settings.first_step)
         direction = self.clock.direction
+        # a field that differentiates with respect to the state needs its graph, as it would have under torchdiffeq
+        graph = y.requires_grad and torch.is_grad_enabled() and not in_transform()
         with torch.no_grad():
             y, f0 = y.detach(), f0.detach()
 
             def slope_after(h: float) -> torch.Tensor:
-                h *= direction
-                return self.field(moment(self.t + h, y), torch.add(y, f0, alpha=h))
+                end = torch.add(y, f0, alpha=h * direction)
+                with torch.set_grad_enabled(graph):
+                    return self.field(
+                        moment(self.t + h * direction, y), end.requires_grad_() if graph else end
+                    ).detach()
 
             return self.settings.tolerance.first_step(y, f0, self.settings.method.order, slope_after)
 

@@ -102,6 +102,9 @@ def edge_figure(steps: Array, sharpness: Array, threshold: Array, title: str) ->
         title: of the figure.
     """
     figure, (panel,) = new_figure(1, (5.6, 3.6))
+    if len(steps) == 1:  # a point has no width to draw a threshold over
+        steps = np.array([steps[0] - 0.5, steps[0] + 0.5])
+        sharpness, threshold = np.repeat(sharpness, 2), np.repeat(threshold, 2)
     top = _ceiling(sharpness, threshold)
     # An infinite threshold (a learning rate of zero) leaves the whole height stable.
     edge = np.minimum(threshold, top)
@@ -111,7 +114,7 @@ def edge_figure(steps: Array, sharpness: Array, threshold: Array, title: str) ->
     known = np.isfinite(sharpness)
     style, label = ".-" if known.sum() < 50 else "-", r"sharpness $λ_\mathrm{max}$"
     panel.plot(steps[known], sharpness[known], style, color=COLOURS[0], lw=1.4, label=label)
-    panel.plot(steps, threshold, color="black", lw=1.2, ls="--", label="stability threshold")
+    panel.plot(steps, edge, color="black", lw=1.2, ls="--", label="stability threshold")
     panel.margins(x=0)
     panel.set(xlabel="step", ylabel="largest eigenvalue of the Hessian", ylim=(0, top))
     line = np.interp(steps, steps[known], sharpness[known]) if known.any() else np.zeros(len(steps))
@@ -242,7 +245,7 @@ def _verdict(ratio: float) -> tuple[str, str, str]:
         return "–", "not measured yet", GREY
     number = f"{ratio:.2f}" if abs(ratio) < 100 else f"{ratio:.3g}"
     if ratio < _NEAR:
-        return number, "stable: steps follow the flow closely", _GREEN
+        return number, "stable: far from the edge", _GREEN
     if ratio <= _EDGE:
         return number, "near the edge", _AMBER
     return number, "beyond the edge: expect oscillation along the top eigenvector", _RED

@@ -13,32 +13,34 @@ from neuralode.callbacks.gradient_flow.log import CLOSED_FORM, DESCENT, FLOW, Fl
 from neuralode.callbacks.gradient_flow.modes import Paths
 from neuralode.gradient_flow import GradientField, Plane, plane
 
-_NAMES = {"sgd": "SGD", FLOW: "gradient flow", DESCENT: "descent on the probe", CLOSED_FORM: "closed form"}
+_NAMES = {FLOW: "gradient flow", DESCENT: "descent on the probe", CLOSED_FORM: "closed form"}
 _GRID, _FINE = 9, 65
 """Losses evaluated along each side of the contours, and points after smooth interpolation."""
 
 
 def draw(log: FlowLog, step: int, paths: Paths | None, field: GradientField, kind: str,
-         with_loss: bool = True) -> None:  # fmt: skip
+         with_loss: bool = True, optimizer: str = "SGD") -> None:  # fmt: skip
     """Draws what there is: the trajectory, the curves over flow time, sharpness against threshold, the gauge.
 
     Args:
         kind: of the plane.
         with_loss: the contours of the loss under the trajectory, which cost as much as some thirty gradients.
+        optimizer: its name, for the path that it took.
     """
     from neuralode.viz import gradient_flow as viz  # matplotlib, only when something is drawn
 
+    names = _NAMES | {"sgd": optimizer}
     if paths is not None and len(paths.steps) > 1:
         span = f"steps {paths.steps[0]} to {paths.steps[-1]}"
         thetas = {name: torch.stack(path) for name, path in paths.thetas.items()}
         order = ["sgd", FLOW, *(name for name in thetas if name not in ("sgd", FLOW))]
         found = plane([thetas[name] for name in order], kind)
-        flat = {_NAMES[name]: found.project(thetas[name]).cpu().numpy() for name in order}
+        flat = {names[name]: found.project(thetas[name]).cpu().numpy() for name in order}
         under = contours(field, found, flat) if with_loss else None
-        trajectory = viz.trajectory_figure(flat, under, found.explained, f"θ, {span}")
+        trajectory = viz.trajectory_figure(flat, under, found.explained, f"paths of the weights, {span}")
         log.figure(step, "trajectory", trajectory)
-        losses = {_NAMES[name]: np.array(paths.losses[name]) for name in order}
-        distances = {_NAMES[name]: np.array(values) for name, values in paths.distances.items()}
+        losses = {names[name]: np.array(paths.losses[name]) for name in order}
+        distances = {names[name]: np.array(values) for name, values in paths.distances.items()}
         log.figure(step, "curves", viz.curves_figure(np.array(paths.s), losses, distances, span))
     steps, sharpness = log.series("flow/sharpness")
     if steps:

@@ -139,12 +139,15 @@ class Governor:
 
     def report(self) -> str:
         """Overhead and cadences in words."""
-        reached = self.cadences_reached()
+        reached = {kind: mean for kind, mean in self.cadences_reached().items() if kind != self.at_end}
+        counts = {kind: count for kind, count in self._count.items() if kind != self.at_end}
         parts = [f"{kind} every {reached[kind]:.0f} steps (asked: {self.cadences[kind]})" for kind in reached]
-        parts += [f"{kind} once" for kind, count in self._count.items() if count == 1]
-        missing = [kind for kind, count in self._count.items() if count == 0]
+        parts += [f"{kind} once" for kind, count in counts.items() if count == 1]
+        missing = [kind for kind, count in counts.items() if count == 0]
         parts += [f"{kind} never, for it would have cost {self._cost[kind]:.1f} s" for kind in missing]
-        advice = "; raise monitor.flow_budget, or lower monitor.flow_probe" if missing else ""
+        advice = (
+            "; raise the budget (monitor.flow_budget), or take a smaller probe (monitor.flow_probe)" if missing else ""
+        )
         return f"{100 * self.overhead:.1f} % of the training's time: {', '.join(parts)}{advice}"
 
     def state_dict(self) -> dict[str, Any]:

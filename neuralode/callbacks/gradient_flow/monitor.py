@@ -17,6 +17,7 @@ from neuralode.callbacks.gradient_flow.log import FLOW, FlowLog
 from neuralode.callbacks.gradient_flow.measurements import Defect, Edge, derivative_values
 from neuralode.callbacks.gradient_flow.modes import MODES, Global, Paths, Settings, Window
 from neuralode.callbacks.gradient_flow.probe import Loss, mean_loss, probe_batch, training_loss, unable
+from neuralode.callbacks.gradient_flow.words import name_of
 from neuralode.errors import UsageError, unknown
 from neuralode.gradient_flow import GradientField, OptimizerFlow, Sharpness, capture, update_rules
 from neuralode.gradient_flow.plane import PLANES
@@ -100,6 +101,7 @@ class GradientFlowMonitor(pl.Callback):
         self._seen = -1
         self._batches: list[Any] = []
         self._lrs: list[float] = []
+        self._words = "Sharpness was not measured."
         self._off = self._warned = False
         self._log: FlowLog | None = None
         self._settings: Settings | None = None
@@ -272,6 +274,7 @@ class GradientFlowMonitor(pl.Callback):
         values, words = self.edge.measure(self._field, self._optimizer(trainer), self._seen, self._lrs)
         self._write(values | {"flow/overhead": self.governor.overhead})
         self.summary |= {name: values[f"flow/{name}"] for name in ("sharpness", "stability")}
+        self._words = words
         self._log.text(self._seen, "flow/summary", f"{words}\n\nThe monitor took {self.governor.report()}.")
 
     def _measure_derivatives(self, trainer: pl.Trainer) -> None:
@@ -322,7 +325,8 @@ class GradientFlowMonitor(pl.Callback):
     def _draw(self, trainer: pl.Trainer) -> None:
         assert self._log is not None
         with_loss = self.governor.affords(_CONTOURS * self._gradient_seconds)
-        draw(self._log, self._seen, self.paths, self._field, self.plane, with_loss)
+        draw(self._log, self._seen, self.paths, self._field, self.plane, with_loss,
+             name_of(update_rules(self._optimizer(trainer))))  # fmt: skip
 
     def _finish(self, trainer: pl.Trainer) -> None:
         if self._settings is None or self._log is None:
@@ -339,6 +343,7 @@ class GradientFlowMonitor(pl.Callback):
             self._draw(trainer)
         self.summary["overhead"] = self.governor.overhead
         self._write({"flow/overhead": self.governor.overhead})
+        self._log.text(self._seen, "flow/summary", f"{self._words}\n\nThe monitor took {self.governor.report()}.")
         print(f"gradient flow: {self.folder}; the monitor took {self.governor.report()}", flush=True)
 
     def _write(self, values: Mapping[str, float]) -> None:

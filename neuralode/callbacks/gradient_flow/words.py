@@ -51,7 +51,7 @@ def _expectation(ratio: float) -> str:
         return "near the edge of stability"
     if ratio < 0:
         return "the loss curves downwards in every direction, so no step is too long for it"
-    return "stable: the steps follow the flow closely" if ratio < 0.5 else "stable, with steps that begin to overshoot"
+    return "stable, far from the edge" if ratio < 0.5 else "stable"
 
 
 def formula(rules: Sequence[UpdateRule]) -> str:

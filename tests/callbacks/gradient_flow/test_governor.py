@@ -165,16 +165,17 @@ def test_state_goes_on_where_it_was(after: int) -> None:
 
 
 def test_report() -> None:
-    run = Run(None, constant(defect=0.01, sharpness=0.02)).go(25)
-    run.governor.expect("figures", 3.0)
+    run = Run(None, constant(defect=0.01, sharpness=0.02), "figures").go(25)
+    run.governor.expect("paths", 3.0)
     words = run.governor.report()
     # 5 defects and 2 sharpnesses: 0.09 s beside 0.25 s of training
     assert words.startswith("36.0 % of the training's time: ")
     assert "defect every 5 steps (asked: 5)" in words
-    assert "figures never, for it would have cost 3.0 s" in words
-    assert "raise monitor.flow_budget" in words
+    assert "paths never, for it would have cost 3.0 s" in words
+    assert "figures" not in words  # those of the end say nothing of cadences
+    assert "raise the budget (monitor.flow_budget)" in words
     assert "raise" not in Run(None, constant(defect=0.0, sharpness=0.0, paths=0.0, figures=0.0)).go(5).governor.report()
-    assert "figures once" in Run(None, constant(figures=0.0)).go(5).governor.report()
+    assert "paths once" in Run(None, constant(paths=0.0)).go(5).governor.report()
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, float("nan")])

@@ -20,8 +20,8 @@ def said(ratio: float, steps_to_edge: float = INF, rate: float = NAN, fall: floa
 @pytest.mark.parametrize(
     ("ratio", "relation", "expectation"),
     [
-        (0.3, "is below 2/η = 200", "stable: the steps follow the flow closely"),
-        (0.7, "is below", "stable, with steps that begin to overshoot"),
+        (0.3, "is below 2/η = 200", "stable, far from the edge"),
+        (0.7, "is below", "; stable."),
         (0.9, "is below", "near the edge of stability"),
         (1.0, "has reached 2/η", "expect oscillation along the top eigenvector"),
         (1.2, "is beyond 2/η", "expect oscillation along the top eigenvector"),
