@@ -56,6 +56,9 @@ class RowIntegration:
         self._unread: list[tuple[int, Step, torch.Tensor, torch.Tensor]] = []
         self._careful = False
         self._overflow = torch.zeros((), dtype=torch.bool, device=y.device)
+        self._broken = torch.zeros_like(self.ended)
+        """Rows whose last step met something that is not finite."""
+        self._resolution = torch.finfo(rows.real).eps * torch.maximum(times.abs().amax(1), (self.end - self.t).abs())
         self._grew = torch.ones((), dtype=self.t.dtype, device=y.device)
 
     def run(self, pause: Callable[[], bool] | None = None, on_step: Callable[[Step], None] | None = None) -> None:
@@ -132,7 +135,7 @@ class RowIntegration:
         with torch.no_grad():
             scale = torch.maximum(step.y0.abs(), step.y1.abs()) * settings.tolerance.rtol + settings.tolerance.atol
             ratio = self.rows.rms(settings.method.error(step, self.field) / scale)
-            accepted = ratio <= 1
+            accepted, self._broken = ratio <= 1, ~torch.isfinite(ratio)
             bounded = ratio.nan_to_num(1e10).clamp(1e-10, 1e10)
             factor = control.factor(bounded, self.last, self.before, settings.method.error_order)
             factor = torch.minimum(factor.clamp(min=control.min_factor), self._ceiling)
@@ -186,7 +189,8 @@ class RowIntegration:
         """
         assert self.size is not None
         rest = (self.end - self.t).abs()
-        stuck = ~self.ended & (self.t + self.direction * self.size == self.t)
+        stuck = (self.t + self.direction * self.size == self.t) | (self._broken & (self.size <= self._resolution))
+        stuck = stuck & ~self.ended
         seen = [self.ended.all(), stuck.any(), self._overflow, (rest / self.size).nan_to_num(0.0).max(), self._grew]
         counts = [(passed - before).max() for _, _, before, passed in self._unread]
         done, any_stuck, overflow, ahead, growth, *readings = torch.stack([x.double() for x in seen + counts]).tolist()
@@ -242,6 +246,8 @@ class RowIntegration:
         for suspect in (self.y, self.slope()):
             if not torch.isfinite(suspect).all():
                 raise Failure(Status.NON_FINITE, float(self.t[index]), self.y, float(sizes[index]), suspect)
+        if stuck is not None and self._broken[index]:
+            status = Status.NON_FINITE
         raise Failure(status, float(self.t[index]), self.y, float(sizes[index]), sample=index)
 
     def finish(self, samples: torch.Tensor) -> None:

@@ -134,3 +134,16 @@ def test_errors_of_the_field_itself_get_through() -> None:
     for throw in (True, False):
         with pytest.raises(AssertionError, match="the field's own"):
             solve(field, torch.ones(1), [0.0, 1.0], throw=throw)
+
+
+def test_a_sample_whose_field_ends_on_its_way_is_named() -> None:
+    """Not finite below 0.5: sample 1 gets there at ln 2, by ever shorter steps."""
+
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.where(y < 0.5, torch.nan, -y)
+
+    y0 = torch.tensor([[20.0], [1.0], [30.0]])
+    with pytest.raises(SolveError, match="in sample 1: non-finite state") as caught:
+        solve(field, y0, [0.0, 3.0], per_sample=True)
+    assert caught.value.status is Status.NON_FINITE
+    assert caught.value.stats.nfe < 2000
