@@ -30,6 +30,7 @@ class GradientField:
         parameters: the weights that move, in the order of θ; all that require a gradient if not given.
         seed: of dropout masks.
         transform: applied to each gradient [P], for example a clipping.
+        own_statistics: batch norms use the statistics of this batch, which do not change as training goes on.
 
     Raises:
         UsageError: if no weight moves, or the weights are of several types or devices, or not real.
@@ -37,9 +38,10 @@ class GradientField:
 
     def __init__(
         self, module: nn.Module, loss_fn: LossFunction, batch: Any, parameters: Sequence[nn.Parameter] | None = None,
-        seed: int = 0, transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        seed: int = 0, transform: Callable[[torch.Tensor], torch.Tensor] | None = None, own_statistics: bool = False,
     ):  # fmt: skip
         self.module, self.loss_fn, self.batch, self.seed, self.transform = module, loss_fn, batch, seed, transform
+        self.own_statistics = own_statistics
         chosen = module.parameters() if parameters is None else parameters
         self.parameters = [p for p in chosen if p.requires_grad]
         kinds = {(p.dtype, p.device) for p in self.parameters}
@@ -61,7 +63,7 @@ class GradientField:
         if self._state is not None:
             yield self._state
             return
-        with frozen(self.module, self.parameters, self.seed) as state:
+        with frozen(self.module, self.parameters, self.seed, self.own_statistics) as state:
             self._state = state
             try:
                 yield state

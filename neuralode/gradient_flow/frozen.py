@@ -21,12 +21,12 @@ class Frozen:
     """What a module holds besides its weights, to be put back after each evaluation and at the end.
 
     Buffers, the attributes of every submodule (modes, counters, statistics of a solve; lists, dicts, sets and tensors
-    with their contents, one level deep) and the random states. While it
-    is in force batch norms use their running statistics, and every evaluation draws the same random numbers, so that
+    with their contents, one level deep) and the random states. While it is in force batch norms use their running
+    statistics, or with `own_statistics` those of the batch, and every evaluation draws the same random numbers, so that
     the loss is a function of the weights alone.
     """
 
-    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter], seed: int):
+    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter], seed: int, own_statistics: bool = False):
         self.parameters, self.seed = parameters, seed
         self._weights = [p.data for p in parameters]
         self._attributes = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
@@ -38,7 +38,7 @@ class Frozen:
         self._containers = [(value, copy.copy(value)) for value in values if isinstance(value, list | dict | set)]
         self._devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
         for part in module.modules():
-            if isinstance(part, _BatchNorm) and part.track_running_stats:
+            if isinstance(part, _BatchNorm) and part.track_running_stats and not own_statistics:
                 part.training = False
 
     @contextlib.contextmanager
@@ -88,9 +88,11 @@ class Frozen:
 
 
 @contextlib.contextmanager
-def frozen(module: nn.Module, parameters: Sequence[nn.Parameter], seed: int) -> Iterator[Frozen]:
+def frozen(
+    module: nn.Module, parameters: Sequence[nn.Parameter], seed: int, own_statistics: bool = False
+) -> Iterator[Frozen]:
     """`Frozen` for the length of a block; the random states of torch, NumPy and Python are put back as well."""
-    state = Frozen(module, parameters, seed)
+    state = Frozen(module, parameters, seed, own_statistics)
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     device = parameters[0].device.type
     try:

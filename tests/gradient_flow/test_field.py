@@ -152,3 +152,21 @@ def test_frozen_weights_of_another_type_are_welcome() -> None:
     module: Any = mixed()
     module[0].requires_grad_(False)
     assert len(GradientField(module, mean_square, None).theta) == 15
+
+
+def test_own_statistics_of_batch_norm_do_not_see_the_running_ones() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    batch = torch.randn(16, 3, dtype=torch.float64)
+
+    def loss(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return m(x).square().mean()
+
+    fields = {own: GradientField(module, loss, batch, own_statistics=own) for own in (False, True)}
+    theta = fields[True].theta
+    before = {own: float(field.loss(theta)) for own, field in fields.items()}
+    module[1].running_mean.add_(3.0)  # type: ignore[operator, union-attr]
+    kept = module[1].running_mean.clone()  # type: ignore[operator, union-attr]
+    assert float(fields[True].loss(theta)) == before[True]
+    assert float(fields[False].loss(theta)) != before[False]
+    assert torch.equal(module[1].running_mean, kept)  # type: ignore[arg-type]

@@ -193,7 +193,9 @@ class GradientFlowMonitor(pl.Callback):
 
         def on_batches(batches: list[Any], parts: int | None = None) -> GradientField:
             loss = mean_loss(self.loss_fn, parts or trainer.accumulate_grad_batches)
-            return GradientField(module, loss, batches, weights, seed=self._seed, transform=clip)
+            # the running statistics move with training, which a flow of its own over the whole run must not
+            whole = self.mode == "global"
+            return GradientField(module, loss, batches, weights, self._seed, clip, own_statistics=whole)
 
         field = on_batches([self._batch], 1)
         optimizer = self._optimizer(trainer)
