@@ -43,7 +43,7 @@ class Path:
 def flow(
     field: GradientField, theta: torch.Tensor, s: Any, *, method: str = "rkc2", rtol: float = 1e-3,
     atol: float | None = None, dynamics: Dynamics | None = None, sharpness: Sharpness | None = None,
-    first_step: float | None = None, max_steps: int = 10_000,
+    first_step: float | None = None, step_size: float | None = None, max_steps: int = 10_000,
 ) -> Path:  # fmt: skip
     """Integrates dθ/ds = −∇L(θ) from θ, [P], through the times s.
 
@@ -55,6 +55,7 @@ def flow(
         dynamics: another right-hand side on the same weights, such as `modified`.
         sharpness: a warm-started estimate to share with others.
         first_step: see `Path.last_step`.
+        step_size: of methods with fixed steps, such as `rk4`; stable on this flow below 2.8/λ_max.
 
     Raises:
         SolveError: if the flow cannot be followed, with a diagnosis.
@@ -62,7 +63,18 @@ def flow(
     times = torch.as_tensor(s, dtype=torch.float64).tolist()
     begun = field.gradients
     solution = integrate(
-        dynamics or field, field, theta, times, method, rtol, atol, sharpness, lambda s: 1.0, first_step, max_steps
+        dynamics or field,
+        field,
+        theta,
+        times,
+        method,
+        rtol,
+        atol,
+        sharpness,
+        lambda s: 1.0,
+        first_step,
+        max_steps,
+        step_size,
     )
     assert isinstance(solution.ys, torch.Tensor)
     made = field.gradients - begun
@@ -72,7 +84,7 @@ def flow(
 def integrate(
     dynamics: Dynamics, field: GradientField, start: torch.Tensor, times: list[float], method: str, rtol: float,
     atol: float | None, sharpness: Sharpness | None, pace: Callable[[float], float], first_step: float | None = None,
-    max_steps: int = 10_000,
+    max_steps: int = 10_000, step_size: float | None = None,
 ) -> Solution:  # fmt: skip
     """Solves for dynamics made of `field`; `pace` is ds over what `times` are in, for the spectral radius of rkc2."""
     estimate = sharpness or Sharpness(first_products=8)
@@ -87,7 +99,7 @@ def integrate(
     with torch.no_grad(), field.borrowed():
         return solve(
             dynamics, start.detach(), times, method=method, rtol=rtol, atol=rtol / 100 if atol is None else atol,
-            options=options, max_steps=max_steps,
+            options=options, max_steps=max_steps, step_size=step_size,
         )  # fmt: skip
 
 

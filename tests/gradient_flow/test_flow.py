@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from itertools import pairwise
 
@@ -151,3 +152,12 @@ def test_steps_have_a_limit() -> None:
     )
     with pytest.raises(SolveError):
         follow(dynamics, dynamics.start(field.theta), [0, 600], method="dopri5", rtol=1e-8, max_steps=5)
+
+
+def test_fixed_steps_are_of_the_size_that_is_asked_for() -> None:
+    layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    field = GradientField(layer, lambda m, x: m(x).square().mean() / 2, torch.ones(1, 1, dtype=torch.float64))
+    start = field.theta
+    path = flow(field, start, [0.0, 1.0], method="rk4", step_size=0.1)
+    assert path.stats.accepted == 10
+    assert float(path.thetas[-1]) == pytest.approx(float(start) * math.exp(-1), rel=1e-5)
