@@ -48,7 +48,7 @@ class Frozen:
         for p, weight in zip(self.parameters, self._weights, strict=True):
             p.data = theta[offset : offset + weight.numel()].view(weight.shape)
             offset += weight.numel()
-        self._draw_again()
+        self.draw_again()
         try:
             yield
         finally:
@@ -56,8 +56,11 @@ class Frozen:
                 p.data = weight
             self._restore_buffers()
 
-    def _draw_again(self) -> None:
-        """Not by `torch.manual_seed`, which seeds every device, also those whose states are not put back."""
+    def draw_again(self) -> None:
+        """Starts every generator that is put back anew.
+
+        Not by `torch.manual_seed`, which seeds every device, also those whose states are not put back.
+        """
         torch.default_generator.manual_seed(self.seed)
         for device in self._devices:
             torch.cuda.default_generators[device].manual_seed(self.seed)

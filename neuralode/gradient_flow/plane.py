@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from neuralode.errors import UsageError, unknown
+from neuralode.gradient_flow.sharpness import orthogonal_part
 
 PLANES = ("ends", "pca")
 
@@ -59,12 +60,9 @@ def _orthonormal(candidates: torch.Tensor) -> torch.Tensor:
     count = candidates.shape[1]
     found: list[torch.Tensor] = []
     for row in torch.cat([candidates, torch.eye(min(3, count), count).to(candidates)]):
-        rest, length = row, torch.linalg.vector_norm(row)
-        for _ in range(2):  # a single pass leaves rounding errors
-            for known in found:
-                rest = rest - (rest @ known) * known
+        rest = orthogonal_part(torch.stack(found), row) if found else row
         size = torch.linalg.vector_norm(rest)
-        if size > 1e-6 * length:
+        if size > 1e-6 * torch.linalg.vector_norm(row):
             found.append(rest / size)
         if len(found) == 2:
             break

@@ -84,13 +84,13 @@ def lanczos(product: Product, start: torch.Tensor, count: int) -> Eigenpair:
     while True:
         images.append(product(basis[-1]))
         rest, known = images[-1], torch.stack(basis)
-        rest = _outside(known, rest)
+        rest = orthogonal_part(known, rest)
         left = torch.linalg.vector_norm(rest)
         if len(images) == count or not torch.isfinite(left):
             break
         if not left > 1e-6 * torch.linalg.vector_norm(images[-1]):
             drawn = torch.randn(start.numel(), generator=generator, dtype=torch.float64).to(start)
-            rest = _outside(known, drawn)
+            rest = orthogonal_part(known, drawn)
         basis.append(rest / torch.linalg.vector_norm(rest))
     known = torch.stack(basis[: len(images)])
     inside = (known @ torch.stack(images).T).double()
@@ -101,7 +101,7 @@ def lanczos(product: Product, start: torch.Tensor, count: int) -> Eigenpair:
     return Eigenpair(float(values[-1]), weights @ known, float(left * weights[-1].abs()), float(values.abs().max()))
 
 
-def _outside(basis: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def orthogonal_part(basis: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The part of v [P] that is orthogonal to the orthonormal rows of the basis [n, P]."""
     for _ in range(2):  # a single pass leaves rounding errors
         v = v - basis.T @ (basis @ v)

@@ -12,6 +12,9 @@ import torch
 
 from neuralode.errors import UsageError
 
+_LONG = 1.0
+"""Seconds beside which what the first run of a piece of work costs beyond the others is nothing."""
+
 
 class Governor:
     """Decides at each training step which measurement is due and can be afforded.
@@ -159,6 +162,18 @@ class Governor:
         for name, value in state.items():
             if name != "wall":
                 getattr(self, name).update(value)
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """How long a piece of work takes; the first time takes longer, which matters where it is short."""
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - began
+        if seconds > _LONG:
+            break
+    return seconds
 
 
 def _synchronise() -> None:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from neuralode.callbacks.gradient_flow.figures import draw
-from neuralode.callbacks.gradient_flow.governor import Governor
+from neuralode.callbacks.gradient_flow.governor import Governor, seconds_of
 from neuralode.callbacks.gradient_flow.log import FLOW, FlowLog
 from neuralode.callbacks.gradient_flow.measurements import Defect, Edge, derivative_values
 from neuralode.callbacks.gradient_flow.modes import MODES, Global, Paths, Settings, Window
@@ -29,8 +29,6 @@ _GRADIENTS = {"sharpness": 52, "derivatives": 10, "paths": 200, "figures": 0}
 """What a measurement costs before it has been made, in gradients on the probe as they were at the start: twice what it
 takes, for a solve takes more evaluations as its field learns."""
 _PROBE = 1024
-_LONG = 1.0
-"""Seconds of a gradient beside which what the first one costs beyond the others is nothing."""
 _DRAWING, _CONTOURS = 0.3, 32
 """Seconds that the figures take, and what the loss under them costs, in gradients."""
 
@@ -177,7 +175,7 @@ class GradientFlowMonitor(pl.Callback):
         if self._batch is not None:
             self._prepare(trainer, module)
             if not resumed:
-                self._lrs = [float(group["lr"]) for group in self._optimizer(trainer).param_groups]
+                self._lrs = _rates(self._optimizer(trainer))
                 self._measure_due(trainer)
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
@@ -188,8 +186,8 @@ class GradientFlowMonitor(pl.Callback):
 
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Once the probe is known."""
-        weights = [p for group in moving(self._optimizer(trainer)) for p in group]
-        clip = _clipping(trainer)
+        optimizer, clip = self._optimizer(trainer), _clipping(trainer)
+        weights = _weights(optimizer)
 
         def on_batches(batches: list[Any], parts: int | None = None) -> GradientField:
             loss = mean_loss(self.loss_fn, parts or trainer.accumulate_grad_batches)
@@ -198,12 +196,11 @@ class GradientFlowMonitor(pl.Callback):
             return GradientField(module, loss, batches, weights, self._seed, clip, own_statistics=whole)
 
         field = on_batches([self._batch], 1)
-        optimizer = self._optimizer(trainer)
         rules, state = update_rules(optimizer), capture(optimizer)
         OptimizerFlow(field, rules, state, [[rule.lr for rule in rules]])  # refuses groups of different kinds now
         self._settings = Settings(field, self.rtol, self.flow_sharpness, on_batches)
         with self.governor.measuring("start", trainer.global_step, ends=False):
-            self._gradient_seconds = _seconds_of(field)
+            self._gradient_seconds = seconds_of(lambda: field.gradient(field.theta))
         self._expect()
         if self.mode == "global" and not self.globally.paths.steps:
             with self.governor.measuring("paths", trainer.global_step):
@@ -216,9 +213,7 @@ class GradientFlowMonitor(pl.Callback):
 
     def _note_gradient(self, trainer: pl.Trainer, optimizer: Any) -> None:
         """Before a step: its learning rates, and the gradient that it takes, before clipping."""
-        groups = optimizer.param_groups
-        self._lrs = [float(group["lr"]) for group in groups]
-        weights = [p for group in groups for p in group["params"] if p.requires_grad]
+        self._lrs, weights = _rates(optimizer), _weights(optimizer)
         # a gradient on the step's own batch takes less time than a step
         self.governor.expect("defect", self.governor.wall / max(trainer.global_step, 1))
         if self._settings is not None and self.governor.allows("defect", trainer.global_step):
@@ -272,12 +267,10 @@ class GradientFlowMonitor(pl.Callback):
                 self._finish_window(trainer)
 
     def _measure_sharpness(self, trainer: pl.Trainer) -> None:
-        assert self._log is not None
-        values, words = self.edge.measure(self._field, self._optimizer(trainer), self._seen, self._lrs)
+        values, self._words = self.edge.measure(self._field, self._optimizer(trainer), self._seen, self._lrs)
         self._write(values | {"flow/overhead": self.governor.overhead})
         self.summary |= {name: values[f"flow/{name}"] for name in ("sharpness", "stability")}
-        self._words = words
-        self._log.text(self._seen, "flow/summary", f"{words}\n\nThe monitor took {self.governor.report()}.")
+        self._summarise()
 
     def _measure_derivatives(self, trainer: pl.Trainer) -> None:
         began = time.perf_counter()
@@ -345,8 +338,12 @@ class GradientFlowMonitor(pl.Callback):
             self._draw(trainer)
         self.summary["overhead"] = self.governor.overhead
         self._write({"flow/overhead": self.governor.overhead})
-        self._log.text(self._seen, "flow/summary", f"{self._words}\n\nThe monitor took {self.governor.report()}.")
+        self._summarise()
         print(f"gradient flow: {self.folder}; the monitor took {self.governor.report()}", flush=True)
+
+    def _summarise(self) -> None:
+        assert self._log is not None
+        self._log.text(self._seen, "flow/summary", f"{self._words}\n\nThe monitor took {self.governor.report()}.")
 
     def _write(self, values: Mapping[str, float]) -> None:
         assert self._log is not None
@@ -375,16 +372,14 @@ class GradientFlowMonitor(pl.Callback):
         return trainer.optimizers[0]
 
 
-def _seconds_of(field: GradientField) -> float:
-    """How long a gradient takes; the first one takes longer, which matters where it is short."""
-    seconds = 0.0
-    for _ in range(2):
-        began = time.perf_counter()
-        field.gradient(field.theta)
-        seconds = time.perf_counter() - began
-        if seconds > _LONG:
-            break
-    return seconds
+def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rate of each group."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def _weights(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """What θ is made of, in its order."""
+    return [p for group in moving(optimizer) for p in group]
 
 
 def _clipping(trainer: pl.Trainer) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -50,8 +50,8 @@ def probe_batch(trainer: pl.Trainer, module: pl.LightningModule, samples: int | 
     The same samples in every run: a generator of its own draws them. Datasets and hooks that draw random numbers, or
     change the module, leave no trace either.
     """
-    with frozen(module, list(module.parameters()), seed=0):
-        torch.manual_seed(0)
+    with frozen(module, list(module.parameters()), seed=0) as state:
+        state.draw_again()
         batch = _sample(trainer.train_dataloader, samples)
         if batch is None:
             return None

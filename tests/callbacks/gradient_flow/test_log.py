@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from neuralode.callbacks import ExactResume, GradientFlowMonitor
 from neuralode.callbacks.gradient_flow.log import FlowLog
 from neuralode.viz.scalars import read_scalars
-from tests.callbacks.gradient_flow.test_monitor import (
+from tests.callbacks.gradient_flow.trainings import (
     MODES,
     SMALL,
     Plain,
@@ -23,7 +23,6 @@ from tests.callbacks.gradient_flow.test_monitor import (
     replayed,
     rows,
     same,
-    undrawn,  # noqa: F401 - a fixture
 )
 
 

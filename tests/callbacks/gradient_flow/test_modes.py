@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 from neuralode.callbacks import GradientFlowMonitor
 from neuralode.callbacks.gradient_flow.modes import Paths
-from tests.callbacks.gradient_flow.test_monitor import fit, rows, samples, undrawn  # noqa: F401 - a fixture
+from tests.callbacks.gradient_flow.trainings import fit, rows, samples
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 OPTIONS: dict[str, Any] = {"window": 10, "every": 100, "defect_every": 1, "budget": None, "rtol": 1e-5}

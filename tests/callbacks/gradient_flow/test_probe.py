@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorD
 
 from neuralode.callbacks import GradientFlowMonitor
 from neuralode.callbacks.gradient_flow.probe import probe_batch, unable
-from tests.callbacks.gradient_flow.test_monitor import (
+from tests.callbacks.gradient_flow.trainings import (
     SMALL,
     Plain,
     everything,
@@ -26,7 +26,6 @@ from tests.callbacks.gradient_flow.test_monitor import (
     same,
     samples,
     shuffled,
-    undrawn,  # noqa: F401 - a fixture
 )
 
 pytestmark = pytest.mark.usefixtures("undrawn")
