@@ -1,9 +1,56 @@
-"""Puts the `configs/` folder inside the wheel as `neuralode/configs`; everything else is in pyproject.toml."""
+"""Puts `configs/` inside the wheel as `neuralode/configs`, and builds the CPU kernels where there is a compiler.
 
-from setuptools import find_packages, setup
+Everything else is in pyproject.toml. Without a compiler, or where it fails, the package installs all the same and
+solves run in plain PyTorch: `python -m neuralode.kernels` says what is built.
+"""
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+KERNELS = Path("neuralode/kernels/csrc")
+FLAGS = [
+    "-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w",
+]  # fmt: skip
+# one library for each set of instructions; which of them a processor can run is seen when the package is used
+BUILDS = {
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma"],
+    "plain": [],
+}
+if platform.machine().lower() not in ("x86_64", "amd64"):
+    BUILDS = {"plain": []}
+
+
+class BuildKernels(build_ext):
+    """Goes on without a kernel that does not build, and says so in one line."""
+
+    def build_extension(self, ext):
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            print(f"neuralode: {ext.name} is not built ({reason}); install a C++ compiler and install again for speed.")
+
 
 setup(
     packages=[*find_packages(include=["neuralode", "neuralode.*"]), "neuralode.configs"],
     package_dir={"neuralode.configs": "configs"},
-    package_data={"neuralode": ["py.typed"], "neuralode.data": ["*.csv"], "neuralode.configs": ["**/*.yaml"]},
-)
+    package_data={
+        "neuralode": ["py.typed"],
+        "neuralode.data": ["*.csv"],
+        "neuralode.configs": ["**/*.yaml"],
+        "neuralode.kernels": ["csrc/*"],
+    },
+    ext_modules=[
+        Extension(
+            f"neuralode.kernels._cpu_{name}", [str(KERNELS / "interface.cpp")],
+            depends=[str(header) for header in sorted(KERNELS.glob("*.h"))],
+            extra_compile_args=[*FLAGS, *flags], optional=True,
+        )
+        for name, flags in BUILDS.items()
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)  # fmt: skip

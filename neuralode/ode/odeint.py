@@ -16,6 +16,7 @@ import torchdiffeq
 from neuralode.errors import UsageError
 from neuralode.ode.clock import host_values
 from neuralode.ode.eager import eager
+from neuralode.ode.fastest import run_fastest
 from neuralode.ode.methods import METHODS, check_method, takes_fixed_steps
 from neuralode.ode.observed_field import tensors
 from neuralode.ode.setup import unable
@@ -113,7 +114,7 @@ def odeint_dense(func: Any, y0: Any, t0: Any, t1: Any, *, rtol: float = 1e-7, at
 def _states(func: Any, y0: Any, t: torch.Tensor, config: SolverConfig) -> Any:
     """As torchdiffeq, which returns what it has where a fixed-step method runs away."""
     stats = Stats("stepper", config.method, config.gradient)
-    return run(func, y0, t.to(tensors(y0)[0].device), (), config, stats, strict=False).ys
+    return run_fastest(func, y0, t.to(tensors(y0)[0].device), (), config, stats, strict=False)
 
 
 def _served(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None, options: dict[str, Any] | None,

@@ -86,12 +86,12 @@ def begin(field: Field, y0: State, y: torch.Tensor, ts: torch.Tensor, config: So
             raise UsageError("steps for each sample do not work inside torch.func transforms; leave per_sample out.")
     chunk = config.options.get("steps_per_sync", 8 if y.is_cuda else 1)
     if by_sample or (chunk > 1 and _fits_one_row(config, packing)):
-        settings = _settings(config, packing, None, keep_dense)
+        settings = settings_of(config, packing, None, keep_dense)
         clock = RowClock(ts, Rows(y, shared=not by_sample))
         step = None if settings.method.adaptive else config.options.get("step_size", config.step_size)
         return RowIntegration(settings, counted, clock, y, stats, step, chunk)
-    grid = _grid(config, field, y0, ts)
-    settings = _settings(config, packing, grid, keep_dense)
+    grid = fixed_grid(config, field, y0, ts)
+    settings = settings_of(config, packing, grid, keep_dense)
     lands = not settings.method.interpolates or grid == host_values(ts)
     return Integration(settings, counted, Clock(ts, lands), y, stats)
 
@@ -109,7 +109,7 @@ def _fits_one_row(config: SolverConfig, packing: Packing) -> bool:
     )
 
 
-def _settings(config: SolverConfig, packing: Packing, grid: list[float] | None, keep_dense: bool) -> Settings:
+def settings_of(config: SolverConfig, packing: Packing, grid: list[float] | None, keep_dense: bool) -> Settings:
     options = config.options
     first = options.get("first_step")
     return Settings(
@@ -145,7 +145,7 @@ def adjoint_settings(config: SolverConfig, integration: Integration) -> AdjointS
     return AdjointSettings(settings, grid_between, config.adjoint_seminorm, config.adjoint_interpolated)
 
 
-def _grid(config: SolverConfig, field: Field, y0: State, ts: torch.Tensor) -> list[float] | None:
+def fixed_grid(config: SolverConfig, field: Field, y0: State, ts: torch.Tensor) -> list[float] | None:
     """The ends of the steps of a fixed-step method: every `step_size`, as the caller constructs them, or `ts`."""
     if METHODS[config.method].adaptive:
         return None

@@ -47,6 +47,8 @@ class Stats:
     """Sizes of the accepted steps, in the units of t, in order."""
     seconds: float = 0.0
     """Wall time of the forward solve."""
+    kept_bytes: int | None = None
+    """Bytes that the kernels keep for the backward pass."""
     diagnosis: str = ""
     """What a failed solve has to say; empty for one that succeeded."""
     error_estimate: torch.Tensor | None = None

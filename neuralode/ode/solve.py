@@ -16,6 +16,7 @@ from neuralode.ode.clock import host_values
 from neuralode.ode.controllers import Controller
 from neuralode.ode.eager import eager
 from neuralode.ode.events import Event
+from neuralode.ode.fastest import run_fastest
 from neuralode.ode.methods import in_torchdiffeq
 from neuralode.ode.observed_field import Field, tensors
 from neuralode.ode.setup import unable
@@ -56,7 +57,8 @@ def solve(
         args: further arguments of the field.
         method, rtol, atol, step_size, options, controller, checkpoint, memory_budget, estimates, max_steps: as in
             `SolverConfig`.
-        engine: `auto`, `stepper` (ours) or `torchdiffeq`; the statistics say which ran and why.
+        engine: `auto`, `fused` (the whole solve in compiled kernels), `stepper` (any field) or `torchdiffeq`; the
+            statistics say which ran and why.
         gradient: `exact` differentiates the discrete solve on its accepted steps; `adjoint` solves the continuous
             adjoint equation backwards (Chen et al. 2018, "Neural Ordinary Differential Equations").
         per_sample: each sample takes steps of its own; the field then receives t as [B, 1, ..., 1], which broadcasts
@@ -106,7 +108,9 @@ def solve_configured(
     found: Events | None = None
     start = time.perf_counter()
     try:
-        if engine == "stepper":
+        if engine == "fused":
+            ys = run_fastest(field, y0, ts, tuple(args), config, stats)
+        elif engine == "stepper":
             ys, at, found = stepper_engine.run(field, y0, ts, tuple(args), config, stats, dense, events)
         else:
             ys = torchdiffeq_engine.run(field, y0, ts, tuple(args), config, stats)
@@ -123,14 +127,16 @@ def solve_configured(
 def choose_engine(
     config: SolverConfig, dense: bool = False, by_sample: bool = False, outputs: int = 2, events: bool = False
 ) -> tuple[str, str]:
-    """The engine that serves a solve, and why.
+    """The engine that serves a solve, and why; `fused` of a field that the kernels do not know means the stepper.
 
     Raises:
         UsageError: if the engine that was asked for cannot serve it.
     """
     obstacle = unable(config, by_sample, outputs, events, dense)
-    if config.engine == "stepper" and obstacle:
-        raise UsageError(f"engine='stepper' cannot serve this solve: {obstacle}; give engine='auto'.")
+    if config.engine == "fused" and (dense or events):
+        obstacle = "the kernels have no dense output and no events"
+    if config.engine in ("fused", "stepper") and obstacle:
+        raise UsageError(f"engine={config.engine!r} cannot serve this solve: {obstacle}; give engine='auto'.")
     if config.engine == "torchdiffeq" or obstacle:
         wanted = {
             "dense output": dense, "events": events, "estimates": config.estimates, "steps for each sample": by_sample,
@@ -144,7 +150,11 @@ def choose_engine(
         if lacking:
             raise UsageError(f"no engine can serve this solve: {obstacle}; and torchdiffeq has no {lacking[0]}.")
         return "torchdiffeq", "asked for" if config.engine == "torchdiffeq" else obstacle
-    return "stepper", "asked for" if config.engine == "stepper" else "it is the fastest engine for any field"
+    if config.engine != "auto":
+        return config.engine, "asked for"
+    if dense or events:
+        return "stepper", "not the kernels: they have no dense output and no events"
+    return "fused", ""
 
 
 def _times(t: torch.Tensor | Sequence[float], like: torch.Tensor) -> torch.Tensor:

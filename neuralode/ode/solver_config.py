@@ -10,7 +10,7 @@ from neuralode.errors import UsageError, unknown
 from neuralode.ode.controllers import Controller, controller
 from neuralode.ode.methods import check_method, takes_fixed_steps
 
-ENGINES = ("auto", "stepper", "torchdiffeq")
+ENGINES = ("auto", "fused", "stepper", "torchdiffeq")
 GRADIENTS = ("exact", "adjoint")
 CHECKPOINTS = ("auto", "always", "never")
 DEFAULT_MAX_STEPS = 10_000

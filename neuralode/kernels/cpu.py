@@ -1,0 +1,273 @@
+"""Whole solves by the compiled kernels of the CPU: the memory that they share with PyTorch, and their calls."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from neuralode.kernels.library import Library, Runtime, runtime
+from neuralode.kernels.plan import Line, Plan, make_plan
+from neuralode.kernels.program import Program
+
+SUCCESS, NON_FINITE, STEP_UNDERFLOW, MAX_STEPS, MISMATCH = range(5)
+"""How a solve ended."""
+_PATIENCE = 0.2
+"""Seconds between two looks at whether to stop (Ctrl-C)."""
+
+_int, _long, _double, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+
+
+class _Method(ctypes.Structure):
+    _fields_ = [
+        *((name, _int) for name in (
+            "stages", "first_same_as_last", "order", "error_order", "adaptive", "lands", "between", "degree")),
+        *((name, _pointer) for name in ("c", "a", "b", "error", "error_low", "interpolant")),
+    ]  # fmt: skip
+
+
+class _Limits(ctypes.Structure):
+    _fields_ = [
+        *((name, _double) for name in (
+            "rtol", "atol", "integral", "proportional", "derivative", "safety", "min_factor", "max_factor",
+            "first_step")),
+        ("max_steps", _long), ("max_steps_between", _long),
+    ]  # fmt: skip
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        ("rows", _long),
+        *((name, _int) for name in (
+            "width", "slot", "output", "time", "operation_count", "cleared_count", "tensor_count", "groups")),
+        *((name, _pointer) for name in (
+            "operations", "constants", "cleared", "group", "tensors", "tensor_shapes", "tensor_gradients")),
+        ("method", _Method), ("limits", _Limits),
+        *((name, _int) for name in (
+            "per_sample", "times", "times_per_sample", "records", "times_move", "threads")),
+        ("ts", _pointer), ("grid", _pointer), ("grid_count", _long), ("budget", _long),
+        ("runtime", Runtime),
+        *((name, _pointer) for name in ("y0", "slope", "ys")),
+    ]  # fmt: skip
+
+
+class Report(ctypes.Structure):
+    """What a solve cost, and where it stopped."""
+
+    _fields_ = [
+        ("status", _int),
+        *((name, _long) for name in ("accepted", "rejected", "evaluations", "products", "kept_bytes", "steps")),
+    ]
+
+
+BETWEEN = ("hermite", "line", "polynomial")
+
+
+@dataclass(frozen=True)
+class MethodData:
+    """An explicit Runge-Kutta method with error control or without, as data."""
+
+    c: tuple[float, ...]
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    error: tuple[float, ...]
+    error_low: tuple[float, ...]
+    interpolant: tuple[tuple[float, ...], ...]
+    order: int
+    error_order: int
+    fsal: bool
+    lands: bool
+    """Whether a step ends at every output time."""
+    between: str
+    """How output times within a step are read: one of BETWEEN."""
+
+
+@dataclass(frozen=True)
+class LimitsData:
+    """Tolerances, controller and limits of a solve; `first_step` is 0 to choose one."""
+
+    rtol: float
+    atol: float
+    integral: float
+    proportional: float
+    derivative: float
+    safety: float
+    min_factor: float
+    max_factor: float
+    first_step: float
+    max_steps: int
+    max_steps_between: int
+
+
+@functools.lru_cache(maxsize=64)
+def _method(data: MethodData) -> tuple[_Method, list[Any]]:
+    """The method as the kernels read it, and the arrays that have to live as long."""
+    stages = len(data.c)
+    square = [[*row, *[0.0] * (stages - len(row))] for row in data.a]
+    low = _doubles(data.error_low) if data.error_low else None
+    rows = [x for row in data.interpolant for x in row]
+    arrays = [_doubles(data.c), _doubles([x for row in square for x in row]), _doubles(data.b),
+              _doubles(data.error or [0.0] * stages), low, _doubles(rows or [0.0])]  # fmt: skip
+    pointers = [None if array is None else ctypes.addressof(array) for array in arrays]
+    method = _Method(
+        stages, data.fsal, data.order, data.error_order, bool(data.error), data.lands, BETWEEN.index(data.between),
+        len(data.interpolant[0]) if data.interpolant else 0, *pointers,
+    )  # fmt: skip
+    return method, arrays
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(program: Program, wants_gradient: tuple[bool, ...], times_move: bool) -> Plan:
+    return make_plan(program, wants_gradient, times_move)
+
+
+def _doubles(values: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
+    return (ctypes.c_double * len(values))(*values)
+
+
+def _ints(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * max(1, len(values)))(*values)
+
+
+@dataclass
+class Task:
+    """A solve that the kernels are to do.
+
+    Args:
+        y0: rows of the state, [B, D], contiguous.
+        tensors: those of the program, contiguous and of the state's type.
+        groups: for each feature, the part of the state by which its error counts.
+        ts: output times in double precision, [T] or [B, T], contiguous.
+        grid: ends of the steps of a fixed-step solve.
+        slope: what the field itself says at the start, [B, D], to be compared with the program.
+        records: whether a backward pass will come.
+        budget: bytes that may be kept for it; what does not fit is evaluated again.
+    """
+
+    program: Program
+    tensors: list[torch.Tensor]
+    y0: torch.Tensor
+    ts: torch.Tensor
+    method: MethodData
+    limits: LimitsData
+    groups: tuple[int, ...]
+    grid: Sequence[float] | None = None
+    per_sample: bool = False
+    slope: torch.Tensor | None = None
+    records: bool = False
+    wants_gradient: tuple[bool, ...] = ()
+    times_move: bool = False
+    budget: int = 0
+
+
+class CPUSolve(ctypes.Structure):
+    """One solve under way, or done and kept for its backward passes. What the kernels hold is freed with it.
+
+    It is a Structure so that a tensor may own it: a graph that lets its saved tensors go lets this go too.
+    """
+
+    _fields_ = [("unused", ctypes.c_char)]
+
+    def __init__(self, library: Library, task: Task):
+        super().__init__()
+        self.handle: int | None = None
+        self.functions = library.functions
+        self.task = task
+        rows, width = task.y0.shape
+        self.ys = task.y0.new_empty(task.ts.shape[-1], rows, width)
+        self.tensors = [x.detach().contiguous() for x in task.tensors]
+        wants = task.wants_gradient or (False,) * len(self.tensors)
+        self.wants = wants
+        plan = _plan(task.program, wants, task.times_move)
+        method, arrays = _method(task.method)
+        grid = None if task.grid is None else _doubles(task.grid)
+        pointers = (ctypes.c_void_p * max(1, len(self.tensors)))(*(x.data_ptr() for x in self.tensors))
+        shapes = _ints([n for i in range(len(self.tensors)) for n in _shape(task.program, i)])
+        gradients, groups = _ints(wants), _ints(task.groups)
+        self._alive = [task, plan, arrays, grid, pointers, shapes, gradients, groups]
+        address = ctypes.addressof
+        self._problem = _Problem(
+            rows, width, plan.slot, plan.output, plan.time, len(plan.lines), len(plan.cleared) // 2,
+            len(self.tensors), max(task.groups) + 1, address(plan.lines), address(plan.constants),
+            address(plan.cleared), address(groups), address(pointers), address(shapes), address(gradients), method,
+            _Limits(*vars(task.limits).values()), task.per_sample, task.ts.shape[-1], task.ts.dim() == 2,
+            task.records, task.times_move, torch.get_num_threads(), task.ts.data_ptr(),
+            None if grid is None else address(grid), 0 if grid is None else len(grid), task.budget, runtime(),
+            task.y0.data_ptr(), None if task.slope is None else task.slope.data_ptr(), self.ys.data_ptr(),
+        )  # fmt: skip
+        handle = self.functions.neuralode_begin(address(self._problem), task.y0.dtype == torch.float64)
+        if not handle:
+            raise MemoryError("the kernels could not get the memory that a solve needs.")
+        self.handle = handle
+        self.report = Report()
+
+    def forward(self) -> Report:
+        """Solves; the states are in `ys`, [T, B, D]."""
+        self._run(lambda: self.functions.neuralode_forward(self.handle, _PATIENCE))
+        return self._read()
+
+    def backward(self, grad_ys: torch.Tensor, wants_y0: bool) -> tuple[torch.Tensor | None, list[torch.Tensor | None],
+                                                                      torch.Tensor | None]:  # fmt: skip
+        """The gradients of the state [B, D], of the tensors, and of the times in double precision."""
+        y0 = torch.empty_like(self.task.y0) if wants_y0 else None
+        found = [torch.empty_like(x) if w else None for x, w in zip(self.tensors, self.wants, strict=True)]
+        times = torch.empty_like(self.task.ts) if self.task.times_move else None
+        grad_ys = grad_ys.contiguous()
+        pointers = (ctypes.c_void_p * max(1, len(found)))(*(None if x is None else x.data_ptr() for x in found))
+        self._run(lambda: self.functions.neuralode_backward(
+            self.handle, grad_ys.data_ptr(), _data(y0), ctypes.addressof(pointers), _data(times), _PATIENCE
+        ))  # fmt: skip
+        self._read()
+        return y0, found, times
+
+    def sizes(self) -> list[float]:
+        """Sizes of the accepted steps that the samples share."""
+        found = _doubles([0.0] * self.report.steps)
+        self.functions.neuralode_read(self.handle, ctypes.addressof(self.report), ctypes.addressof(found), None, None)
+        return list(found)
+
+    def counts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Accepted and tried steps of each sample, [B]."""
+        accepted, tried = (torch.zeros(len(self.task.y0), dtype=torch.long) for _ in range(2))
+        self.functions.neuralode_read(
+            self.handle, ctypes.addressof(self.report), None, accepted.data_ptr(), tried.data_ptr()
+        )
+        return accepted, tried
+
+    def _run(self, go_on: Callable[[], int]) -> None:
+        while (state := go_on()) == 1:  # between two calls Python sees to its signals
+            pass
+        if state < 0:
+            raise MemoryError("the kernels could not get the memory that a solve needs.")
+
+    def _read(self) -> Report:
+        self.functions.neuralode_read(self.handle, ctypes.addressof(self.report), None, None, None)
+        return self.report
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self.functions.neuralode_end(self.handle)
+            self.handle = None
+
+
+def _data(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+@functools.lru_cache(maxsize=1024)
+def _shape(program: Program, index: int) -> tuple[int, int]:
+    """(outputs, inputs) of a tensor: inputs are 0 for one that is no weight, -1 for one that has a row a sample."""
+    shape = program.shapes[index]
+    if shape and shape[0] == -1:
+        return int(torch.Size(shape[1:]).numel()), -1
+    is_weight = any(op.kind == "linear" and op.tensors[0] == index for op in program.operations)
+    if is_weight:
+        return shape[0], shape[1]
+    return int(torch.Size(shape).numel()), 0
+
+
+__all__ = ["BETWEEN", "CPUSolve", "LimitsData", "Line", "MethodData", "Report", "Task"]

@@ -1,0 +1,8 @@
+// The kernels in double precision.
+#define PRECISION in_double
+#define REAL double
+#include "step.h"
+#include "forward.h"
+#include "backward.h"
+
+neuralode::Solver* neuralode::new_double(const Problem& problem) { return new PRECISION::Solve(problem); }

@@ -1,0 +1,46 @@
+// The C interface that Python calls: one handle a solve.
+#include <algorithm>
+#include <new>
+
+#include "problem.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace neuralode;
+
+// 1 for true, 0 for false, -1 where memory ran out.
+template <typename Run> static int guarded(Run run) {
+    try {
+        return run() ? 1 : 0;
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
+}
+
+EXPORT int neuralode_version() { return 1; }
+
+EXPORT Solver* neuralode_begin(const Problem* problem, int doubles) {
+    try {
+        return doubles ? new_double(*problem) : new_single(*problem);
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+
+EXPORT int neuralode_forward(Solver* solver, double seconds) {
+    return guarded([=] { return solver->forward(seconds); });
+}
+
+EXPORT int neuralode_backward(Solver* solver, const void* ys, void* y0, void* const* tensors, double* times,
+                              double seconds) {
+    return guarded([=] { return solver->backward(ys, y0, tensors, times, seconds); });
+}
+
+EXPORT void neuralode_read(const Solver* solver, Report* report, double* sizes, int64_t* accepted, int64_t* tried) {
+    *report = solver->report;
+    if (sizes) std::copy(solver->sizes.begin(), solver->sizes.end(), sizes);
+    if (accepted) std::copy(solver->accepted_rows.begin(), solver->accepted_rows.end(), accepted);
+    if (tried) std::copy(solver->tried_rows.begin(), solver->tried_rows.end(), tried);
+}
+
+EXPORT void neuralode_end(Solver* solver) { delete solver; }

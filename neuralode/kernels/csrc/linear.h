@@ -1,0 +1,99 @@
+// Products of matrices with a tile: x [inputs][TILE] to [outputs][TILE], and the gradients of their weights.
+#pragma once
+#include "simd.h"
+
+namespace neuralode::PRECISION {
+
+// W [outputs][inputs] in blocks of OUTPUTS rows, each block column by column, so that a product reads it in order.
+inline void pack(const T* w, int outputs, int inputs, bool transposed, T* out) {
+    const int rows = transposed ? inputs : outputs, columns = transposed ? outputs : inputs;
+    for (int j = 0; j < rows; j += OUTPUTS) {
+        const int block = rows - j < OUTPUTS ? rows - j : OUTPUTS;
+        for (int k = 0; k < columns; k++)
+            for (int r = 0; r < block; r++) *out++ = transposed ? w[k * inputs + j + r] : w[(j + r) * inputs + k];
+    }
+}
+
+template <int R, typename Store>
+inline void product_block(const T* w, int inputs, const Vec* x, int j, Store store) {
+    for (int v = 0; v < VECS; v += PANEL) {
+        Vec sum[R][PANEL] = {};
+        const Vec* from = x + v;
+        const T* weight = w;
+        for (int k = 0; k < inputs; k++, from += VECS, weight += R) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+                for (int p = 0; p < PANEL; p++) sum[r][p] += weight[r] * from[p];
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+            for (int p = 0; p < PANEL; p++) store(j + r, v + p, sum[r][p]);
+    }
+}
+
+// Calls store(j, v, Σ_k W[j][k] x[k][v]) for every output j and vector v of the tile; W is packed.
+template <typename Store>
+inline void product(const T* packed, int outputs, int inputs, const Vec* x, Store store) {
+    int j = 0;
+    for (; j + OUTPUTS <= outputs; j += OUTPUTS, packed += OUTPUTS * inputs)
+        product_block<OUTPUTS>(packed, inputs, x, j, store);
+    switch (outputs - j) {
+        case 1: return product_block<1>(packed, inputs, x, j, store);
+        case 2: return product_block<2>(packed, inputs, x, j, store);
+        case 3: return product_block<3>(packed, inputs, x, j, store);
+        case 4: return product_block<4>(packed, inputs, x, j, store);
+        case 5: return product_block<5>(packed, inputs, x, j, store);
+        case 6: return product_block<6>(packed, inputs, x, j, store);
+        case 7: return product_block<7>(packed, inputs, x, j, store);
+        default: return;
+    }
+}
+
+template <int R, int Q>
+inline void gradient_block(const T* g, const T* x, int stride, T* total) {
+    constexpr int N = LANES;
+    Vec sum[R][Q] = {};
+    for (int s = 0; s < TILE; s++) {
+        Vec row[Q];
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; q++) row[q] = *(const Vec*)(x + s * stride + q * N);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int q = 0; q < Q; q++) sum[r][q] += g[r * TILE + s] * row[q];
+    }
+    // the sum over a tile comes first, so that rounding errors do not pile up in a long chain
+    for (int r = 0; r < R; r++)
+        for (int q = 0; q < Q; q++) *(Vec*)(total + r * stride + q * N) += sum[r][q];
+}
+
+template <int Q>
+inline void gradient_columns(const T* g, int outputs, const T* x, int stride, T* total) {
+    int j = 0;
+    for (; j + GRAD_OUTPUTS <= outputs; j += GRAD_OUTPUTS)
+        gradient_block<GRAD_OUTPUTS, Q>(g + j * TILE, x, stride, total + j * stride);
+    for (; j < outputs; j++) gradient_block<1, Q>(g + j * TILE, x, stride, total + j * stride);
+}
+
+// total [outputs][stride] += Σ over the tile of g [outputs][TILE] times x [TILE][stride]; the stride is whole vectors.
+inline void weight_gradient(const T* g, int outputs, const T* x, int stride, T* total) {
+    constexpr int N = LANES;
+    int k = 0;
+    for (; k + GRAD_INPUTS * N <= stride; k += GRAD_INPUTS * N)
+        gradient_columns<GRAD_INPUTS>(g, outputs, x + k, stride, total + k);
+    for (; k < stride; k += N) gradient_columns<1>(g, outputs, x + k, stride, total + k);
+}
+
+// The same for few inputs: the lanes are summed at the very end, total [outputs][inputs][lanes].
+inline void narrow_gradient(const Vec* g, int outputs, const Vec* x, int inputs, Vec* total) {
+    for (int j = 0; j < outputs; j++, g += VECS)
+        for (int k = 0; k < inputs; k++, total++) {
+            Vec sum = g[0] * x[k * VECS];
+            for (int v = 1; v < VECS; v++) sum += g[v] * x[k * VECS + v];
+            *total += sum;
+        }
+}
+
+}  // namespace neuralode::PRECISION

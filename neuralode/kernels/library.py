@@ -1,0 +1,92 @@
+"""The compiled kernels for the CPU: which are built, which this machine can run, and why not."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+INSTRUCTION_SETS = {"avx512": ("AVX512",), "avx2": ("AVX512", "AVX2"), "plain": ()}
+"""The builds, the best first, and for each the capabilities, as PyTorch names them, of which a processor needs one."""
+VERSION = 1
+"""Of the interface; a build of another version is not used."""
+
+
+class Library(NamedTuple):
+    """A build that is loaded."""
+
+    name: str
+    path: Path
+    functions: ctypes.CDLL
+
+
+def path_of(name: str) -> Path:
+    """Where the build of that name lies, whether or not it is there."""
+    return Path(__file__).parent / f"_cpu_{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def runs_here(name: str) -> bool:
+    """Whether this processor has the instructions of a build."""
+    wanted = INSTRUCTION_SETS[name]
+    return not wanted or torch.backends.cpu.get_cpu_capability() in wanted
+
+
+@functools.cache
+def library() -> Library | None:
+    """The best build that runs here; None if there is none."""
+    for name in INSTRUCTION_SETS:
+        path = path_of(name)
+        if runs_here(name) and path.exists():
+            functions = load(path)
+            if functions is not None:
+                return Library(name, path, functions)
+    return None
+
+
+def why_not() -> str:
+    """Why there is no library, in one sentence with the remedy."""
+    built = [name for name in INSTRUCTION_SETS if path_of(name).exists()]
+    if not built:
+        return "no kernels are built (install the package again where there is a C++ compiler)"
+    return f"the kernels that are built ({', '.join(built)}) do not load here; install the package again"
+
+
+def load(path: Path) -> ctypes.CDLL | None:
+    """A build, ready to be called; None if it does not load or is of another version."""
+    try:
+        functions = ctypes.CDLL(str(path))
+        if functions.neuralode_version() != VERSION:
+            return None
+    except (OSError, AttributeError):
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_double
+    functions.neuralode_begin.restype = pointer
+    functions.neuralode_begin.argtypes = [pointer, ctypes.c_int]
+    functions.neuralode_forward.argtypes = [pointer, number]
+    functions.neuralode_backward.argtypes = [pointer, pointer, pointer, pointer, pointer, number]
+    functions.neuralode_read.argtypes = [pointer, pointer, pointer, pointer, pointer]
+    functions.neuralode_end.argtypes = [pointer]
+    functions.neuralode_end.restype = None
+    return functions
+
+
+class Runtime(ctypes.Structure):
+    """Entry points of the OpenMP runtime on which PyTorch runs."""
+
+    _fields_ = [("parallel", ctypes.c_void_p), ("count", ctypes.c_void_p), ("index", ctypes.c_void_p)]
+
+
+@functools.cache
+def runtime() -> Runtime:
+    """Found through PyTorch's own library, so that it is the very runtime; empty, for one thread, if there is none."""
+    try:
+        # a handle finds what the library that it stands for depends on
+        torch_cpu = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
+        names = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
+        return Runtime(*(ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p).value for name in names))
+    except (OSError, AttributeError, StopIteration):
+        return Runtime(None, None, None)

@@ -1,0 +1,203 @@
+"""From a vector field, in whatever class its author wrote it, to a program: by one real evaluation that is watched.
+
+Every solve evaluates its field once in any case. Here the operations of that evaluation are read as they happen, below
+autograd, so that the author's own code is never interpreted. What the program cannot say is refused with a reason, and
+the field is solved otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from neuralode.kernels.operations import HANDLERS, MAKERS
+from neuralode.kernels.program import STATE, TIME, Program
+from neuralode.kernels.values import NotLowered, Row, Writer, key_of
+from neuralode.kernels.watch import Watch
+
+State = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+@dataclass
+class Lowered:
+    """A field as a program, for one solve."""
+
+    program: Program
+    """The same object for equal programs, so that what is made for it can be kept."""
+    tensors: list[torch.Tensor]
+    """The program's tensors in this solve, with their history."""
+    dy: State
+    """What the watched evaluation returned."""
+    count: Callable[[int], None]
+    """Advances the field's own counters by so many further evaluations."""
+
+
+_programs: dict[Program, Program] = {}
+
+
+def lower(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any, ...]) -> Lowered:
+    """Evaluates a field once and gives its program.
+
+    Args:
+        t: the time, [], or [B, 1, ..., 1] where each sample has its own.
+        y: the state, [..., D], its leading dimensions being the rows; or a tuple of parts that share dimension 0.
+
+    Raises:
+        NotLowered: where the field is no program; it is left as if it had not been called.
+    """
+    if isinstance(field, torch.jit.ScriptFunction) or hasattr(field, "_torchdynamo_orig_callable"):
+        raise NotLowered("it is compiled")
+    if torch.is_autocast_enabled("cpu"):
+        raise NotLowered("autocast is on")
+    watch = Watch(field)
+    if reason := watch.obstacle():
+        raise NotLowered(reason)
+    writer = Writer(torch.is_grad_enabled())
+    t, parts = _begin(writer, t, y)
+    recorder = _Recorder(writer)
+    try:
+        with _NoLooking(writer), recorder:
+            dy = field(t, tuple(parts) if isinstance(y, tuple) else parts[0], *args)
+    finally:
+        changed = watch.changes()
+        if writer.refusal or changed:
+            watch.undo_counts()
+    if writer.refusal or changed:  # also if the field has caught the exception
+        raise NotLowered(writer.refusal or changed)
+    try:
+        program = _end(writer, y, dy)
+    except NotLowered:
+        watch.undo_counts()
+        raise
+    if len(_programs) > 1000:
+        _programs.clear()
+
+    def count(more: int) -> None:
+        for counter in watch.counters:
+            counter.add(more)
+
+    return Lowered(_programs.setdefault(program, program), writer.tensors, dy, count)
+
+
+def _begin(writer: Writer, t: torch.Tensor, y: State) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Time and state as the field receives them, new tensors that the writer knows."""
+    given = y if isinstance(y, tuple) else (y,)
+    if any(type(part) not in (torch.Tensor, torch.nn.Parameter) or part.dtype != given[0].dtype for part in given):
+        raise NotLowered("the state is not of plain tensors of one type")
+    if isinstance(y, tuple):
+        if any(part.dim() not in (1, 2) or len(part) != len(given[0]) for part in given):
+            raise NotLowered("the parts of the state are not [B] or [B, D] with the same B")
+        writer.lead = (len(given[0]),)
+    else:
+        writer.lead = tuple(given[0].shape[:-1])
+    writer.dtype = given[0].dtype
+    # a state that requires a gradient, whether or not y does: later ones will, and what detaches them has to be seen
+    parts = [(p.detach().requires_grad_().view_as(p) if writer.grad else p.detach()) for p in given]
+    parts = [p.clone() if isinstance(y, torch.Tensor) and not p.is_contiguous() else p for p in parts]
+    widths = [part.shape[-1] if part.dim() > (1 if isinstance(y, tuple) else 0) else 1 for part in parts]
+    writer.width = sum(widths)
+    start = 0
+    for part, width in zip(parts, widths, strict=True):
+        squeezed = part.dim() == (1 if isinstance(y, tuple) else 0)
+        writer.begin_with(part, Row(STATE, start, width, squeezed, writer.count == 1))
+        start += width
+    t = t.detach().clone()
+    writer.begin_with(t, Row(TIME, 0, 1, t.dim() == 0, t.numel() == 1))
+    return t, parts
+
+
+def _end(writer: Writer, y: State, dy: Any) -> Program:
+    """The program whose output is dy."""
+    given, found = (y if isinstance(y, tuple) else (y,)), (dy if isinstance(dy, tuple | list) else (dy,))
+    if isinstance(y, tuple) != isinstance(dy, tuple | list) or len(given) != len(found):
+        raise NotLowered("it does not return what the state is made of")
+    registers, widths = [], []
+    for part, like in zip(found, given, strict=True):
+        if type(part) is not torch.Tensor or part.shape != like.shape or part.dtype != like.dtype:
+            raise NotLowered("it does not return a tensor like the state")
+        row = writer.row(part)
+        register, width = writer.operand(part, like.shape, like.shape == writer.lead)
+        if row is not None and writer.rows_of(part.shape, row.squeezed) != writer.count:
+            raise NotLowered("it does not return rows like the state's")
+        whole = 1 if like.shape == writer.lead else like.shape[-1]
+        registers.append(writer.widened(register, width, whole))
+        widths.append(whole)
+    output = registers[0] if len(registers) == 1 else writer.emit("concat", *registers, width=sum(widths))
+    return writer.program(output)
+
+
+class _Recorder(TorchDispatchMode):
+    """Hands every operation below autograd to the handler that knows it."""
+
+    def __init__(self, writer: Writer):
+        super().__init__()
+        self.writer = writer
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # solves are never compiled into, and the skipping takes longer than the rest of a dispatch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return self._handle(func, args, kwargs or {})
+        except NotLowered as refusal:
+            self.writer.refusal = self.writer.refusal or str(refusal)
+            raise
+
+    def _handle(self, func: Any, args: Any, kwargs: Any) -> Any:
+        writer = self.writer
+        handler = HANDLERS.get(func)
+        constant = func not in MAKERS and not writer.touches(args, kwargs)
+        if constant and not _is_refused(func):
+            out = func(*args, **kwargs)  # of constants alone: what comes of it is a constant
+            writer.keep(out)
+            if func is torch.ops.aten.t.default:
+                writer.transposed[key_of(out)] = args[0]
+            return out
+        if handler is None or constant:
+            raise NotLowered(f"{func} {_why_refused(func)}")
+        if writer.grad and not torch.is_grad_enabled() and writer.touches(args, kwargs, or_gradients=True):
+            raise NotLowered("part of it runs without gradients")
+        return handler(writer, func, args, kwargs)
+
+
+def _is_refused(func: Any) -> bool:
+    """Whether an operation may not even be done on constants: it would change them, look at them or draw numbers."""
+    return func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags or "_local_scalar" in str(func)
+
+
+def _why_refused(func: Any) -> str:
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        return "draws random numbers"
+    if func._schema.is_mutable:
+        return "changes a tensor in place"
+    if torch.Tag.data_dependent_output in func.tags:
+        return "looks at values"
+    return "is not known to the kernels"
+
+
+_LOOKS = {
+    torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__,
+    torch.Tensor.data.__get__, torch.Tensor.register_hook, torch.Tensor.storage, torch.Tensor.untyped_storage,
+    torch.Tensor.data_ptr, torch.Tensor.set_, torch.Tensor.requires_grad_, torch.Tensor.retain_grad,
+}  # fmt: skip
+
+
+class _NoLooking(TorchFunctionMode):
+    """Refuses what reads a tensor's values, or hooks into its gradient, without an operation that could be seen."""
+
+    def __init__(self, writer: Writer):
+        super().__init__()
+        self.writer = writer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LOOKS:
+            name = getattr(func, "__name__", "data")
+            self.writer.refusal = f"it looks at values or at gradients on its way ({name})"
+            raise NotLowered(self.writer.refusal)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,36 @@
+"""What is built, for which processors, and what to do about what is not."""
+
+from __future__ import annotations
+
+import torch
+
+from neuralode.kernels.library import INSTRUCTION_SETS, library, load, path_of, runs_here, runtime
+
+_REBUILD = "install the package again where there is a C++ compiler: pip install --force-reinstall --no-deps ."
+
+
+def report() -> str:
+    """The state of the kernels, a line each."""
+    used = library()
+    lines = [f"neuralode's kernels, beside PyTorch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})"]
+    for name in INSTRUCTION_SETS:
+        lines.append(f"  CPU, {name}: {_state(name, used.name if used else '')}")
+    if used and runtime().parallel:
+        lines.append(f"  threads: {torch.get_num_threads()}, of PyTorch's own pool (torch.set_num_threads)")
+    elif used:
+        lines.append("  threads: one, for PyTorch's OpenMP runtime has no GOMP_parallel here")
+    lines.append("  CUDA: none yet; solves on a GPU run in the stepper")
+    if not used:
+        lines.append("Solves run in the stepper, in plain PyTorch.")
+    return "\n".join(lines)
+
+
+def _state(name: str, used: str) -> str:
+    path = path_of(name)
+    if not path.exists():
+        return f"not built; {_REBUILD}"
+    if not runs_here(name):
+        return "built; this processor does not have the instructions"
+    if load(path) is None:
+        return f"built, but it does not load or is of another version; {_REBUILD}"
+    return f"in use ({path.name})" if name == used else "built"

@@ -1,0 +1,262 @@
+"""Whole solves in one compiled call, for fields that the kernels know as a program."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from neuralode.errors import UsageError
+from neuralode.kernels.cpu import SUCCESS, CPUSolve, LimitsData, MethodData, Task
+from neuralode.kernels.library import library, why_not
+from neuralode.kernels.lower import Lowered, NotLowered, lower
+from neuralode.ode.clock import Clock, host_values
+from neuralode.ode.explicit import RungeKutta, moment
+from neuralode.ode.methods import METHODS
+from neuralode.ode.observed_field import Field, tensors
+from neuralode.ode.packing import Packing
+from neuralode.ode.rows import check_rows
+from neuralode.ode.setup import fixed_grid, settings_of
+from neuralode.ode.solution import State, Stats
+from neuralode.ode.solver_config import SolverConfig
+from neuralode.ode.stepper import CountedField, Integration, Settings
+from neuralode.ode.tolerance import all_finite, in_transform
+
+_OPTIONS = {
+    "first_step", "max_num_steps", "safety", "ifactor", "dfactor", "step_size", "grid_constructor", "steps_per_sync",
+    "interp",
+}  # fmt: skip
+_WIDEST = 1024
+"""Features of a state up to which a tile of it stays in the caches."""
+_NO_LIMIT = 2**62
+
+
+class NotFused(Exception):
+    """The kernels cannot serve a solve; the message says why."""
+
+    def __init__(self, reason: str, failed: bool = False):
+        super().__init__(reason)
+        self.failed = failed
+        """Whether they tried, and the solve failed."""
+
+
+def unable(config: SolverConfig, by_sample: bool = False, outputs: int = 2) -> str:
+    """Why the kernels cannot serve solves of this kind, whatever the field; empty if they can."""
+    method = METHODS.get(config.method)
+    foreign = set(config.options) - _OPTIONS
+    if not isinstance(method, RungeKutta):
+        return f"{config.method!r} is no explicit Runge-Kutta method"
+    if config.gradient == "adjoint" and torch.is_grad_enabled():
+        return "the continuous adjoint is the stepper's"
+    if config.estimates:
+        return "the stepper sums up the estimates"
+    if foreign:
+        return f"the kernels do not know the option {sorted(foreign)[0]!r}"
+    if isinstance(config.checkpoint, int):
+        return "a number of states to keep is for the stepper"
+    if by_sample and not method.adaptive:
+        return "fixed steps of each sample are the stepper's"
+    if by_sample and outputs > 2 and not method.interpolates:
+        return f"{config.method!r} needs further stages between its steps"
+    return "" if library() else why_not()
+
+
+def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config: SolverConfig, stats: Stats) -> State:
+    """Solves from ts[0] through all of ts, [T] or [B, T]; the states [T, *shape].
+
+    Raises:
+        NotFused: where the kernels cannot serve; nothing has been done then but one evaluation of the field.
+    """
+    by_sample = config.per_sample or ts.dim() == 2
+    reason = unable(config, by_sample, ts.shape[-1]) or _unfit(y0, ts, by_sample)
+    if reason:
+        raise NotFused(reason)
+    like = tensors(y0)[0]
+    start = moment(host_values(ts)[0], like) if not by_sample else _column(ts, like)
+    try:
+        lowered = lower(field, start, y0, args)
+    except NotLowered as why:
+        raise NotFused(str(why)) from None
+    solve = _Solve(lowered, y0, ts, config, by_sample, field)
+    ys = solve.states()
+    report = solve.kernel.report
+    if report.status != SUCCESS or not all_finite(ys[-1]):
+        raise NotFused("the solve failed, and the stepper says why", failed=True)
+    lowered.count(report.evaluations - 1)
+    solve.fill(stats)
+    return solve.packing.unpack(ys) if solve.packing.tuple else ys.reshape(len(ys), *like.shape)
+
+
+def _unfit(y0: State, ts: torch.Tensor, by_sample: bool) -> str:
+    parts = tensors(y0)
+    if in_transform() or forward_ad._current_level >= 0:
+        return "inside a transform, the stepper serves"
+    if not all(part.device.type == "cpu" and part.dtype in (torch.float32, torch.float64) for part in parts):
+        return "the kernels are for the CPU, in single and double precision"
+    if any(part.numel() == 0 for part in parts):
+        return "the state is empty"
+    if by_sample and (isinstance(y0, tuple) or y0.dim() != 2):
+        return "steps of each sample are for states [B, D]"
+    return ""
+
+
+def _column(ts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The samples' first times, [B, 1], in the state's precision."""
+    check_rows(like, ts)
+    return ts.detach()[..., 0].to(like.dtype).expand(len(like)).reshape(-1, 1)
+
+
+class _Solve:
+    """What one solve needs: the kernels' task, the way back to the caller's shapes, and the statistics."""
+
+    def __init__(self, lowered: Lowered, y0: State, ts: torch.Tensor, config: SolverConfig, by_sample: bool,
+                 field: Field):  # fmt: skip
+        width = lowered.program.width
+        if width > _WIDEST:
+            raise NotFused(f"the state has {width} features a row, more than {_WIDEST}")
+        self.lowered, self.ts, self.by_sample = lowered, ts, by_sample
+        self.packing = Packing(y0, rows=isinstance(y0, tuple))
+        self.rows = self._as_rows(y0, width)
+        grid = None if by_sample else fixed_grid(config, field, y0, ts)
+        self.settings = settings_of(config, self.packing, grid, keep_dense=False)
+        method = self.settings.method
+        assert isinstance(method, RungeKutta)
+        lands = not by_sample and (not method.interpolates or (grid is not None and grid == host_values(ts)))
+        if grid is not None and len(grid) - 1 > self.settings.max_steps:
+            raise NotFused("it takes more steps than max_steps", failed=True)
+        if grid is not None and method.tableau.dense_c and grid != host_values(ts):
+            raise NotFused(f"{config.method!r} needs further stages between its steps")
+        self.method = _method_data(method.tableau, method.linear, lands)
+        wanted = torch.is_grad_enabled()
+        self.inputs = [self.rows, ts, *lowered.tensors]
+        self.records = wanted and any(x.requires_grad for x in self.inputs)
+        self.task = Task(
+            lowered.program, lowered.tensors, self.rows.detach().contiguous(), ts.detach().double().contiguous(),
+            self.method, _limits(self.settings), self._groups(width), grid, by_sample,
+            self._as_rows(lowered.dy, width).detach().contiguous(), self.records,
+            tuple(self.records and x.requires_grad for x in lowered.tensors),
+            self.records and ts.requires_grad, 0 if config.checkpoint == "always" else config.memory_budget,
+        )  # fmt: skip
+
+    def _as_rows(self, state: State, width: int) -> torch.Tensor:
+        packed = self.packing.pack(state)
+        return packed.reshape(-1, width)
+
+    def _groups(self, width: int) -> tuple[int, ...]:
+        """The part of a tuple state that each feature belongs to."""
+        if self.by_sample or not self.packing.tuple:
+            return (0,) * width
+        return tuple(i for i, size in enumerate(self.packing.sizes) for _ in range(size))
+
+    def states(self) -> torch.Tensor:
+        """Solves: the states [T, B, D]."""
+        loaded = library()
+        assert loaded is not None
+        self.kernel = CPUSolve(loaded, self.task)
+        self.kernel.forward()
+        if not self.records or self.kernel.report.status != SUCCESS:
+            return self.kernel.ys
+        # the graph owns the kernels' memory as it owns a saved tensor: what frees that frees this
+        owner = torch.frombuffer(self.kernel, dtype=torch.uint8)
+        self.kernel_ref = weakref.ref(self.kernel)
+        return _Fused.apply(self, owner, *self.inputs)
+
+    def fill(self, stats: Stats) -> None:
+        """Notes what the solve cost."""
+        report = self.kernel.report
+        stats.engine, stats.reason = "fused", stats.reason or "the kernels know the field as a program"
+        stats.nfe, stats.accepted, stats.rejected = report.evaluations, report.accepted, report.rejected
+        if self.task.grid is not None:
+            stats.step_sizes = [abs(b - a) for a, b in zip(self.task.grid, self.task.grid[1:], strict=False)]
+        elif self.by_sample:
+            accepted, tried = self.kernel.counts()
+            stats.accepted_per_sample, stats.rejected_per_sample = accepted, tried - accepted
+        else:
+            stats.step_sizes = self.kernel.sizes()
+        stats.kept_bytes = report.kept_bytes
+        self.stats = stats
+        if self.records:
+            del self.kernel
+
+    def again(
+        self, rows: torch.Tensor, ts: torch.Tensor, given: Sequence[torch.Tensor], sizes: list[float]
+    ) -> torch.Tensor:
+        """The same states by operations that autograd knows: the steps that the solve took, in plain PyTorch."""
+        if self.by_sample:
+            raise UsageError("second derivatives through steps of each sample's own need engine='stepper'.")
+        program = self.lowered.program
+        counted = CountedField(lambda t, y: program(t, y, given), (), lambda dy, y: None)
+        grid = self.task.grid or _ends(host_values(ts), sizes)
+        settings = dataclasses.replace(self.settings, grid=list(grid))
+        integration = Integration(settings, counted, Clock(ts, self.method.lands), rows, Stats("fused", "", ""))
+        integration.run()
+        return torch.stack(integration.outputs)
+
+
+class _Fused(torch.autograd.Function):
+    """The states of a solve that the kernels have done, with its exact gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, solve: _Solve, owner: torch.Tensor, rows: torch.Tensor, ts: torch.Tensor,
+                *given: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        ctx.solve = solve
+        ctx.save_for_backward(owner, rows, ts, *given)
+        return solve.kernel.ys
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        _owner, *inputs = ctx.saved_tensors
+        solve: _Solve = ctx.solve
+        kernel = solve.kernel_ref()
+        assert kernel is not None
+        if torch.is_grad_enabled():
+            return (None, None, *_differentiable(solve, kernel, inputs, cotangents[0], ctx.needs_input_grad[2:]))
+        grad_rows, grad_given, grad_ts = kernel.backward(cotangents[0], ctx.needs_input_grad[2])
+        solve.stats.nfe_backward += kernel.report.products
+        shaped = [None if g is None else g.reshape(x.shape) for g, x in zip(grad_given, inputs[2:], strict=True)]
+        return (None, None, grad_rows, None if grad_ts is None else grad_ts.to(inputs[1].dtype), *shaped)
+
+
+def _differentiable(solve: _Solve, kernel: CPUSolve, inputs: list[torch.Tensor], cotangent: torch.Tensor,
+                    needed: Sequence[bool]) -> list[torch.Tensor | None]:  # fmt: skip
+    """The gradients with a graph of their own."""
+    rows, ts, *given = inputs
+    sizes = kernel.sizes() if solve.task.grid is None and not solve.by_sample else []
+    ys = solve.again(rows, ts, given, sizes)
+    wanted = [x for x, n in zip(inputs, needed, strict=True) if n]
+    found = iter(torch.autograd.grad(ys, wanted, cotangent, create_graph=True, allow_unused=True))
+    return [next(found) if n else None for n in needed]
+
+
+def _ends(times: list[float], sizes: list[float]) -> list[float]:
+    """The ends of the steps, as the kernels came to them."""
+    direction = 1.0 if times[-1] > times[0] else -1.0
+    ends = [times[0]]
+    for size in sizes:
+        end = ends[-1] + direction * size
+        near = [t for t in times if abs(t - end) <= 1e-12 * max(abs(end), size)]
+        ends.append(near[0] if near else end)
+    return ends
+
+
+@functools.lru_cache(maxsize=64)
+def _method_data(tableau: Any, linear: bool, lands: bool) -> MethodData:
+    between = "line" if linear else "polynomial" if tableau.interpolant else "hermite"
+    return MethodData(
+        tableau.c, tableau.a, tableau.b, tableau.error, tableau.error_low, tableau.interpolant, tableau.order,
+        tableau.error_order, tableau.fsal, lands, between,
+    )  # fmt: skip
+
+
+def _limits(settings: Settings) -> LimitsData:
+    control = settings.controller
+    return LimitsData(
+        settings.tolerance.rtol, settings.tolerance.atol, control.integral, control.proportional, control.derivative,
+        control.safety, control.min_factor, control.max_factor, abs(settings.first_step or 0.0), settings.max_steps,
+        settings.max_steps_between or _NO_LIMIT,
+    )  # fmt: skip

@@ -1,0 +1,241 @@
+"""The kernels of the CPU against plain PyTorch: the same program, solved by the stepper, differentiated by autograd."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+import neuralode
+from neuralode.kernels import library as builds
+from neuralode.kernels.cpu import MISMATCH, SUCCESS, CPUSolve, LimitsData, MethodData, Task
+from neuralode.kernels.library import Library
+from neuralode.kernels.program import UNARY
+from neuralode.ode import tableaus, tableaus_order8
+from neuralode.ode.tableaus import Tableau
+from tests.kernels.programs import Case, gated, lorenz, mlp, random_program, unary, van_der_pol
+
+TABLEAUS = [
+    value
+    for module in (tableaus, tableaus_order8)
+    for value in vars(module).values()
+    if isinstance(value, Tableau)
+]  # fmt: skip
+BUILDS = [name for name in builds.INSTRUCTION_SETS if builds.runs_here(name) and builds.path_of(name).exists()]
+
+pytestmark = pytest.mark.skipif(not BUILDS, reason=builds.why_not() if not BUILDS else "")
+
+
+def loaded(name: str) -> Library:
+    functions = builds.load(builds.path_of(name))
+    assert functions is not None
+    return Library(name, builds.path_of(name), functions)
+
+
+def method_data(tableau: Tableau, lands: bool = False) -> MethodData:
+    return MethodData(
+        tableau.c, tableau.a, tableau.b, tableau.error, tableau.error_low, tableau.interpolant, tableau.order,
+        tableau.error_order, tableau.fsal, lands, "polynomial" if tableau.interpolant else "hermite",
+    )  # fmt: skip
+
+
+def limits(rtol: float, atol: float, **changes: Any) -> LimitsData:
+    standard = {
+        "integral": 1.0, "proportional": 0.0, "derivative": 0.0, "safety": 0.9, "min_factor": 0.2, "max_factor": 10.0,
+        "first_step": 0.0, "max_steps": 10_000, "max_steps_between": 2**62,
+    }  # fmt: skip
+    return LimitsData(rtol, atol, **{**standard, **changes})
+
+
+def compare(
+    case: Case, rows: int, tableau: Tableau = tableaus.DOPRI5, ts: torch.Tensor | None = None, steps: int | None = None,
+    per_sample: bool = False, budget: int = 2**31, build: str = "", rtol: float = 1e-4, gradient_of_ts: bool = False,
+) -> None:  # fmt: skip
+    """States, steps and all gradients of one solve equal the stepper's in double precision, to rounding."""
+    program, tensors = case
+    generator = torch.Generator().manual_seed(1)
+    y0 = torch.randn(rows, program.width, generator=generator, dtype=torch.float64).mul_(0.5).requires_grad_()
+    ts = torch.tensor([0.0, 1.0], dtype=torch.float64) if ts is None else ts
+    ts = ts.clone().requires_grad_(gradient_of_ts)
+    end = float(ts.detach().reshape(-1)[-1])
+    first = float(ts.detach().reshape(-1)[0])
+    options: dict[str, Any] = {"step_size": abs(end - first) / steps} if steps else {}
+    solution = neuralode.solve(
+        lambda t, y: program(t, y, tensors), y0, ts, method=tableau.name, rtol=rtol, atol=rtol / 10, engine="stepper",
+        per_sample=per_sample, **options,
+    )  # fmt: skip
+    weights = torch.randn(solution.ys.shape, generator=generator, dtype=torch.float64)
+    inputs = [y0, *tensors, *([ts] if gradient_of_ts else [])]
+    expected = torch.autograd.grad((solution.ys * weights).sum(), inputs, allow_unused=True)
+    grid = [first + i * (end - first) / steps for i in range(steps)] + [end] if steps else None
+    interpolates = tableau.interpolant_order >= tableau.order - 1
+    task = Task(
+        program, tensors, y0.detach(), ts.detach(), method_data(tableau, not interpolates and not per_sample),
+        limits(rtol, rtol / 10), (0,) * program.width, grid, per_sample, None, True, (True,) * len(tensors),
+        gradient_of_ts, budget,
+    )  # fmt: skip
+    solve = CPUSolve(loaded(build or BUILDS[0]), task)
+    report = solve.forward()
+    assert report.status == SUCCESS
+    assert (report.accepted, report.rejected) == (solution.stats.accepted, solution.stats.rejected)
+    # the stepper may take a slope at the very end that nobody reads
+    assert solution.stats.nfe - 1 <= report.evaluations <= solution.stats.nfe
+    assert_close(solve.ys, solution.ys)
+    for _ in range(2):  # a second backward pass gives the same
+        grad_y0, grad_tensors, grad_ts = solve.backward(weights, True)
+        found = [grad_y0, *grad_tensors, *([grad_ts] if gradient_of_ts else [])]
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours is not None
+            assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs)
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert torch.linalg.vector_norm(ours - theirs) <= 1e-11 * (1 + torch.linalg.vector_norm(theirs))
+
+
+@pytest.mark.parametrize("tableau", TABLEAUS, ids=lambda tableau: tableau.name)
+@pytest.mark.parametrize("budget", [2**31, 0], ids=["kept", "again"])
+def test_every_tableau(tableau: Tableau, budget: int) -> None:
+    compare(mlp(2, [8, 8], 5), 5, tableau, steps=None if tableau.adaptive else 6, budget=budget)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("rows", [1, 31, 33, 100])
+def test_every_build_and_number_of_rows(build: str, rows: int) -> None:
+    compare(mlp(3, [20, 17], rows, time=True), rows, build=build, ts=torch.linspace(0, 1, 4).double())
+
+
+@pytest.mark.parametrize("kind", sorted(UNARY))
+@pytest.mark.parametrize("build", BUILDS)
+def test_every_function(kind: str, build: str) -> None:
+    compare(unary(kind, 9), 9, build=build)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "relu", "silu", "softplus", "elu", "leaky_relu", "gelu"])
+def test_every_activation_of_a_network(activation: str) -> None:
+    compare(mlp(2, [16, 9], 40, activation), 40)
+
+
+@pytest.mark.parametrize(
+    "widths", [(2, [50]), (20, [100, 100]), (64, [256, 256]), (3, [1, 5, 65, 2]), (128, [30])], ids=str
+)
+def test_every_width(widths: tuple[int, list[int]]) -> None:
+    compare(mlp(*widths, 34), 34)
+
+
+@pytest.mark.parametrize(
+    "case", [lorenz, van_der_pol, lambda rows: gated(6, rows)], ids=["lorenz", "van der Pol", "gated"]
+)
+@pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per sample"])
+@pytest.mark.parametrize("budget", [2**31, 0], ids=["kept", "again"])
+def test_fields_without_a_name(case: Any, per_sample: bool, budget: int) -> None:
+    compare(case(50), 50, ts=torch.linspace(0, 2, 5).double(), per_sample=per_sample, budget=budget)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_programs(seed: int) -> None:
+    compare(random_program(seed, 35), 35, ts=torch.linspace(0, 1, 3).double(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("tableau", [tableaus.DOPRI5, tableaus.BOSH3, tableaus.ADAPTIVE_HEUN, tableaus.FEHLBERG2],
+                         ids=lambda tableau: tableau.name)  # fmt: skip
+@pytest.mark.parametrize("budget", [2**31, 0, 60_000], ids=["kept", "again", "both"])
+def test_steps_of_each_sample(tableau: Tableau, budget: int) -> None:
+    ts = torch.stack([torch.linspace(0, 1 + i / 40, 4) for i in range(40)]).double()
+    compare(van_der_pol(40), 40, tableau, ts, per_sample=True, budget=budget, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tableau", [tableaus.DOPRI5, tableaus.TSIT5, tableaus.BOSH3, tableaus.ADAPTIVE_HEUN],
+                         ids=lambda tableau: tableau.name)  # fmt: skip
+@pytest.mark.parametrize("backwards", [False, True])
+def test_gradients_of_the_times(tableau: Tableau, backwards: bool) -> None:
+    ts = torch.tensor([0.1, 0.35, 0.7, 1.3], dtype=torch.float64)
+    case = mlp(2, [9], 33, time=True)
+    for budget, per_sample in itertools.product((2**31, 0), (False, True)):
+        compare(case, 33, tableau, ts.flip(0) if backwards else ts, per_sample=per_sample, budget=budget,
+                gradient_of_ts=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("tableau", [tableaus.EULER, tableaus.RK4], ids=lambda tableau: tableau.name)
+def test_gradients_of_the_times_through_fixed_steps(tableau: Tableau) -> None:
+    ts = torch.tensor([0.1, 0.33, 1.3], dtype=torch.float64)
+    for budget in (2**31, 0):
+        compare(mlp(2, [9], 33, time=True), 33, tableau, ts, steps=5, budget=budget, gradient_of_ts=True)
+
+
+@pytest.mark.parametrize("tableau", [tableaus.EULER, tableaus.RK4, tableaus.MIDPOINT], ids=lambda tableau: tableau.name)
+@pytest.mark.parametrize("budget", [2**31, 0, 200_000], ids=["kept", "again", "both"])
+def test_fixed_steps_with_outputs_between_them(tableau: Tableau, budget: int) -> None:
+    compare(mlp(2, [9], 70), 70, tableau, torch.tensor([0.0, 0.2, 0.21, 1.0]).double(), steps=7, budget=budget)
+
+
+def test_a_budget_bounds_what_is_kept() -> None:
+    program, tensors = mlp(2, [64, 64], 64)
+    y0 = torch.randn(64, 2, dtype=torch.float64)
+    kept = []
+    for budget in (0, 300_000, 2**31):
+        task = Task(program, tensors, y0, torch.tensor([0.0, 1.0]).double(), method_data(tableaus.RK4),
+                    limits(1.0, 1.0), (0, 0), [i / 20 for i in range(21)], records=True,
+                    wants_gradient=(True,) * 6, budget=budget)  # fmt: skip
+        kept.append(CPUSolve(loaded(BUILDS[0]), task).forward().kept_bytes)
+    state = 20 * 64 * 2 * 8  # bytes of the states at the starts of the steps
+    assert kept[0] < 3 * state
+    assert kept[0] < kept[1] < 600_000 < kept[2]
+
+
+def test_one_thread_and_two_agree() -> None:
+    program, tensors = mlp(2, [16], 200)
+    y0 = torch.randn(200, 2, dtype=torch.float64)
+    task = Task(program, tensors, y0, torch.tensor([0.0, 1.0]).double(), method_data(tableaus.DOPRI5),
+                limits(1e-4, 1e-5), (0, 0))  # fmt: skip
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            solve = CPUSolve(loaded(BUILDS[0]), task)
+            solve.forward()
+            found.append(solve.ys)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_program_that_is_not_the_field_is_noticed() -> None:
+    program, tensors = mlp(2, [8], 40)
+    y0 = torch.randn(40, 2, dtype=torch.float64)
+    slope = program(torch.zeros(()), y0, tensors).detach()
+    for error, status in ((0.0, SUCCESS), (1e-5, MISMATCH)):
+        wrong = slope.clone()
+        wrong[37, 1] += error
+        task = Task(program, tensors, y0, torch.tensor([0.0, 1.0]).double(), method_data(tableaus.DOPRI5),
+                    limits(1e-4, 1e-5), (0, 0), slope=wrong)  # fmt: skip
+        assert CPUSolve(loaded(BUILDS[0]), task).forward().status == status
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", sorted(UNARY))
+@pytest.mark.parametrize("build", BUILDS)
+def test_functions_are_as_accurate_as_the_precision_allows(kind: str, build: str, dtype: torch.dtype) -> None:
+    """One Euler step of size 1 from 0 by f(x), x being a tensor of the program: y1 is the value itself."""
+    from neuralode.kernels.program import Operation, Program
+    from tests.kernels.programs import POSITIVE, UNARY_CONSTANTS
+
+    x = torch.cat([torch.linspace(-30, 30, 601), torch.logspace(-6, 1, 400), -torch.logspace(-6, 1, 400)]).double()
+    if kind in POSITIVE:
+        x = x.abs() + 1e-6
+    x = x.to(dtype).reshape(-1, 1)
+    constants = UNARY_CONSTANTS.get(kind, ())
+    program = Program(1, (Operation("rows", (), 1, (0,)), Operation(kind, (2,), 1, (), constants)), 3, ((-1, 1),))
+    task = Task(program, [x], torch.zeros_like(x), torch.tensor([0.0, 1.0]).double(), method_data(tableaus.EULER),
+                limits(1.0, 1.0), (0,), [0.0, 1.0])  # fmt: skip
+    solve = CPUSolve(loaded(build), task)
+    solve.forward()
+    exact = UNARY[kind](x.double(), *constants)
+    theirs = UNARY[kind](x, *constants).double()
+    # of PyTorch's own error, and of the rounding of a result
+    bound = 4 * (theirs - exact).abs() + 6 * torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).tiny
+    assert bool(((solve.ys[1].double() - exact).abs() <= bound).all())
