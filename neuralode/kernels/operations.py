@@ -289,22 +289,20 @@ def _linear(writer: Writer, out: torch.Tensor, x: Any, matrix: Any, bias: Any) -
         raise NotLowered("it multiplies by a matrix that depends on the state or on the time, or mixes rows")
     if row.squeezed or x.shape[-1] != row.width:
         raise NotLowered("it multiplies rows with each other")
-    return _layer(writer, out, x, row, _transpose_of(writer, matrix), bias)
-
-
-def _transpose_of(writer: Writer, matrix: torch.Tensor) -> torch.Tensor:
     known = writer.transposed.get(key_of(matrix))
-    return matrix.t() if known is None else known
+    return _layer(writer, out, x, row, matrix if known is None else known, bias, transposed=known is None)
 
 
-def _layer(writer: Writer, out: torch.Tensor, x: torch.Tensor, row: Row, weight: torch.Tensor, bias: Any) -> Any:
-    outputs = weight.shape[0]
-    tensors = [writer.tensor(weight, tuple(weight.shape))]
+def _layer(writer: Writer, out: torch.Tensor, x: torch.Tensor, row: Row, weight: torch.Tensor, bias: Any,
+           transposed: bool = False) -> Any:  # fmt: skip
+    """x Wᵀ + b, or x W + b where the weight is to be transposed."""
+    shape = tuple(weight.shape[::-1] if transposed else weight.shape)
+    tensors = [writer.tensor(weight, shape, transposed)]
     if bias is not None:
-        if bias.numel() != outputs:
+        if bias.numel() != shape[0]:
             raise NotLowered(f"a bias of shape {tuple(bias.shape)} is not one a feature")
-        tensors.append(writer.tensor(bias, (outputs,)))
-    register = writer.emit("linear", writer.register(row), width=outputs, tensors=tuple(tensors))
+        tensors.append(writer.tensor(bias, shape[:1]))
+    register = writer.emit("linear", writer.register(row), width=shape[0], tensors=tuple(tensors))
     return writer.result(out, register, False, (x, weight, bias))
 
 

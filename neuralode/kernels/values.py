@@ -58,6 +58,7 @@ class Writer:
         self._given: dict[Any, int] = {}
         self.transposed: dict[Key, torch.Tensor] = {}
         """Constant matrices, by their transposes."""
+        self._to_transpose: list[int] = []
         self._next_root = TIME + 1
         self._graphs: set[int] = set()
         """Roots that belong to a graph of autograd."""
@@ -205,9 +206,9 @@ class Writer:
         if lead != wanted or not features_fit or len(own) != len(shape) or row.squeezed != squeezed:
             raise NotLowered(f"a value of shape {tuple(own)} is spread over rows of shape {tuple(shape)}")
 
-    def tensor(self, x: torch.Tensor, shape: tuple[int, ...]) -> int:
-        """The index of a constant among the program's tensors, in that shape; -1 stands for the rows."""
-        key = (id(x) if x.is_leaf else key_of(x), shape, x.requires_grad)
+    def tensor(self, x: torch.Tensor, shape: tuple[int, ...], transposed: bool = False) -> int:
+        """The index of a constant, or its transpose, among the program's tensors, in that shape; -1 is for the rows."""
+        key = (id(x) if x.is_leaf else key_of(x), shape, x.requires_grad, transposed)
         if key not in self._given:
             if x.dtype != self.dtype:
                 raise NotLowered(f"it mixes {x.dtype} with the state's {self.dtype}")
@@ -215,6 +216,8 @@ class Writer:
             self.tensors.append(x)
             self.shapes.append(shape)
             self._given[key] = len(self.tensors) - 1
+            if transposed:
+                self._to_transpose.append(len(self.tensors) - 1)
         return self._given[key]
 
     def assign(self, x: torch.Tensor, register: int, width: int, sources: Any) -> None:
@@ -235,7 +238,9 @@ class Writer:
         self._registers[row.root] = register
 
     def program(self, output: int) -> Program:
-        """What was written; its tensors come into their shapes."""
+        """What was written; its tensors come into their shapes, with their history: autograd does not see the writer."""
+        for i in self._to_transpose:
+            self.tensors[i] = self.tensors[i].t()
         for i, shape in enumerate(self.shapes):
             wanted = tuple(self.count if n == -1 else n for n in shape)
             if self.tensors[i].shape != wanted:

@@ -160,9 +160,9 @@ def test_gradients_of_the_times(tableau: Tableau, backwards: bool) -> None:
 
 @pytest.mark.parametrize("tableau", [tableaus.EULER, tableaus.RK4], ids=lambda tableau: tableau.name)
 def test_gradients_of_the_times_through_fixed_steps(tableau: Tableau) -> None:
-    ts = torch.tensor([0.1, 0.33, 1.3], dtype=torch.float64)
-    for budget in (2**31, 0):
-        compare(mlp(2, [9], 33, time=True), 33, tableau, ts, steps=5, budget=budget, gradient_of_ts=True)
+    for inner, budget in itertools.product((0.33, 0.5), (2**31, 0)):  # within a step, and at the end of one
+        ts = torch.tensor([0.0, inner, 1.0], dtype=torch.float64)
+        compare(mlp(2, [9], 33, time=True), 33, tableau, ts, steps=4, budget=budget, gradient_of_ts=True)
 
 
 @pytest.mark.parametrize("tableau", [tableaus.EULER, tableaus.RK4, tableaus.MIDPOINT], ids=lambda tableau: tableau.name)

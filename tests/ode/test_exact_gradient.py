@@ -130,7 +130,7 @@ def test_every_explicit_method_against_plain_steps(method: str, span: tuple[floa
     field, parameters, gain = problem()
     y0, t = start(), leaf(*span)
     inputs = [y0, t, gain, *parameters]
-    solution = solve(field, y0, t, args=(gain,), checkpoint="never", **settings(method))
+    solution = solve(field, y0, t, args=(gain,), engine="stepper", checkpoint="never", **settings(method))
     sizes = solution.stats.step_sizes
     assert len(sizes) >= 3
     tableau, lands = METHODS[method].tableau, not METHODS[method].interpolates
@@ -139,7 +139,7 @@ def test_every_explicit_method_against_plain_steps(method: str, span: tuple[floa
     wanted = torch.autograd.grad(weighed(plain), inputs)
     assert_equal(torch.autograd.grad(weighed(solution.ys), inputs), wanted)
     for policy in POLICIES:
-        again = solve(field, y0, t, args=(gain,), **policy, **settings(method))
+        again = solve(field, y0, t, args=(gain,), engine="stepper", **policy, **settings(method))
         assert again.stats.step_sizes == pytest.approx(sizes, rel=1e-12)
         assert_equal(torch.autograd.grad(weighed(again.ys), inputs), wanted)
 
@@ -320,11 +320,11 @@ def test_a_tensor_computed_outside_is_refused_where_it_could_get_no_gradient(how
     root, y0 = start(2), start()
     weight = torch.tanh(root)
     with pytest.raises(UsageError, match=COMPUTED):
-        solve(lambda t, y: y @ weight, y0, [0.0, 1.0], **how)
+        solve(lambda t, y: y @ weight, y0, [0.0, 1.0], engine="stepper", **how)
     with pytest.raises(UsageError, match=COMPUTED):
-        solve(lambda t, y, weights: y @ weights[0], y0, [0.0, 1.0], args=([weight],), **how)
+        solve(lambda t, y, weights: y @ weights[0], y0, [0.0, 1.0], args=([weight],), engine="stepper", **how)
     with torch.no_grad():
-        solve(lambda t, y: y @ weight, y0, [0.0, 1.0], **how)  # nothing is lost here
+        solve(lambda t, y: y @ weight, y0, [0.0, 1.0], engine="stepper", **how)  # nothing is lost here
 
 
 def test_a_tensor_computed_outside_is_taken_as_an_argument_or_with_kept_graphs() -> None:
@@ -363,7 +363,7 @@ def test_second_derivatives_with_kept_graphs(method: str) -> None:
 )
 def test_second_derivatives_are_refused_elsewhere(how: dict[str, Any], remedy: str) -> None:
     y0 = start()
-    ys = solve(mlp(), y0, [0.0, 1.0], **how).ys
+    ys = solve(mlp(), y0, [0.0, 1.0], engine="stepper", **how).ys
     with pytest.raises(UsageError, match=rf"second derivatives.*{remedy}"):
         torch.autograd.grad(weighed(ys), y0, create_graph=True)
 

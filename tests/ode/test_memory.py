@@ -114,7 +114,7 @@ def kept(field: nn.Module, y0: torch.Tensor, **kwargs: Any) -> int:
     """The most bytes that autograd holds at once in one forward and backward pass."""
     saved = Saved(field.parameters())
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.x):
-        solve(field, y0, [0.0, 1.0], **kwargs).final.square().sum().backward()
+        solve(field, y0, [0.0, 1.0], engine="stepper", **kwargs).final.square().sum().backward()
     return saved.peak
 
 

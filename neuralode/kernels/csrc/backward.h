@@ -219,7 +219,8 @@ inline bool Solve::pull_outputs(Worker& w, int64_t index, const Record& r, const
         if (reading.finish) add(reading.finish, g, w.to_end);
         for (int i = 0; i < m.slopes(); i++)
             if (reading.slope[i]) add(reading.slope[i], size, g, w.k[i]), reads_end |= i == m.end();
-        if (p.times_move && reading.finish != 1) pull_reading(w, index, r, y1, j, reading, theta, g, dt);
+        if (p.times_move && !at_end(times(index, std::max(l, 0)), j, r.t[std::max(l, 0)], r.h[std::max(l, 0)]))
+            pull_reading(w, index, r, y1, j, reading, theta, g, dt);
     });
     return reads_end;
 }
