@@ -25,7 +25,11 @@ if platform.machine().lower() not in ("x86_64", "amd64"):
 
 
 class BuildKernels(build_ext):
-    """Goes on without a kernel that does not build, and says so in one line."""
+    """Goes on without a kernel that does not build, and says so in one line; the builds run side by side."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or len(BUILDS)
 
     def build_extension(self, ext):
         try:
@@ -46,7 +50,7 @@ setup(
     },
     ext_modules=[
         Extension(
-            f"neuralode.kernels._cpu_{name}", [str(KERNELS / "interface.cpp")],
+            f"neuralode.kernels._cpu_{name}", [str(source) for source in sorted(KERNELS.glob("*.cpp"))],
             depends=[str(header) for header in sorted(KERNELS.glob("*.h"))],
             extra_compile_args=[*FLAGS, *flags], optional=True,
         )

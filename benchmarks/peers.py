@@ -6,6 +6,7 @@ has no such method, is no error.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import warnings
@@ -16,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 import torchdiffeq
-from measure import RATE, Answer, Arm, ConvPair, Solve, TorchArm, VanDerPol, Workload
+from measure import RATE, Answer, Arm, ConvPair, Solve, TorchArm, VanDerPol, Workload, loss_of
 from torch import nn
 
 from neuralode.nn import MLPField
+from neuralode.ode import Stats
 from neuralode.ode.solve import solve_configured
 from neuralode.ode.solver_config import SolverConfig
 
@@ -37,17 +39,37 @@ def load(name: str) -> ModuleType:
         raise Absent(f"absent: {error}") from error
 
 
+class NeuralodeArm(TorchArm):
+    """neuralode at one setting; its own statistics say what a solve took, for a hook would keep the kernels away."""
+
+    def __init__(self, work: Workload, config: SolverConfig):
+        super().__init__(work, self._solve)
+        self.config = config
+        self.stats: Stats
+
+    def _solve(self, field: nn.Module, work: Workload) -> tuple[torch.Tensor, int | None]:
+        solution = solve_configured(field, work.y0, work.ts, self.config)
+        self.stats = solution.stats
+        return solution.ys[1:], solution.stats.accepted
+
+    def answer(self) -> Answer:
+        field = copy.deepcopy(self.work.field)
+        loss = loss_of(self._solve(field, self.work)[0])
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in field.parameters()]).double()
+        stats = self.stats
+        return Answer(loss.item(), gradient, stats.nfe, stats.nfe_backward, stats.accepted)
+
+    def peak(self) -> int:
+        """With what the kernels keep in memory of their own."""
+        return super().peak() + (self.stats.kept_bytes or 0)
+
+
 def neuralode_arm(work: Workload, **settings: Any) -> Arm:
     fixed = {"step_size": work.step_size} if work.steps else {"rtol": work.rtol, "atol": work.atol}
     if settings.get("gradient") == "adjoint":
         settings["adjoint_seminorm"] = True
-    config = SolverConfig(method=work.method, **fixed, **settings)
-
-    def solve(field: nn.Module, work: Workload) -> tuple[torch.Tensor, int | None]:
-        solution = solve_configured(field, work.y0, work.ts, config)
-        return solution.ys[1:], solution.stats.accepted
-
-    return TorchArm(work, solve)
+    return NeuralodeArm(work, SolverConfig(method=work.method, **fixed, **settings))
 
 
 def torchdiffeq_arm(work: Workload, adjoint: bool = False) -> Arm:
@@ -235,10 +257,13 @@ def for_spread(make: Callable[..., Arm], **settings: Any) -> Callable[[Workload]
 
 BASE = "neuralode"
 ARMS: dict[str, Callable[[Workload], Arm]] = {
-    BASE: functools.partial(neuralode_arm, engine="stepper"),
-    "neuralode, recomputing": functools.partial(neuralode_arm, engine="stepper", checkpoint="always"),
-    "neuralode, steps per sample": for_spread(neuralode_arm, engine="stepper", per_sample=True),
-    "neuralode, adjoint": functools.partial(neuralode_arm, engine="stepper", gradient="adjoint"),
+    BASE: neuralode_arm,
+    "neuralode, recomputing": functools.partial(neuralode_arm, checkpoint="always"),
+    "neuralode, steps per sample": for_spread(neuralode_arm, per_sample=True),
+    "neuralode, stepper": functools.partial(neuralode_arm, engine="stepper"),
+    "neuralode, stepper, recomputing": functools.partial(neuralode_arm, engine="stepper", checkpoint="always"),
+    "neuralode, stepper, steps per sample": for_spread(neuralode_arm, engine="stepper", per_sample=True),
+    "neuralode, adjoint": functools.partial(neuralode_arm, gradient="adjoint"),
     "neuralode, torchdiffeq engine": functools.partial(neuralode_arm, engine="torchdiffeq"),
     "torchdiffeq": torchdiffeq_arm,
     "torchdiffeq, adjoint": functools.partial(torchdiffeq_arm, adjoint=True),

@@ -110,7 +110,10 @@ def print_row(records: list[dict[str, Any]]) -> None:
 def memory() -> list[dict[str, Any]]:
     """Peak memory of a long solve, its graphs kept or its steps recomputed."""
     work = Workload("memory: 2-64-64-2, B 256, 100 rk4 steps", small, (256, 2), method="rk4", steps=100)
-    names = ("neuralode", "neuralode, recomputing", "neuralode, adjoint", "torchdiffeq", "torchdiffeq, adjoint")
+    names = (
+        "neuralode", "neuralode, recomputing", "neuralode, stepper", "neuralode, stepper, recomputing",
+        "neuralode, adjoint", "torchdiffeq", "torchdiffeq, adjoint",
+    )  # fmt: skip
     peaks = {name: ARMS[name](work).peak() for name in names}
     print(f"\n### {work.name}\n\n| arm | peak MiB | peak / {BASE} |\n|---|---:|---:|")
     for name, peak in peaks.items():

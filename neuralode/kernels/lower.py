@@ -181,9 +181,10 @@ def _why_refused(func: Any) -> str:
     return "is not known to the kernels"
 
 
+_DATA: Any = torch.Tensor.data
 _LOOKS = {
     torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__,
-    torch.Tensor.data.__get__, torch.Tensor.register_hook, torch.Tensor.storage, torch.Tensor.untyped_storage,
+    _DATA.__get__, torch.Tensor.register_hook, torch.Tensor.storage, torch.Tensor.untyped_storage,
     torch.Tensor.data_ptr, torch.Tensor.set_, torch.Tensor.requires_grad_, torch.Tensor.retain_grad,
 }  # fmt: skip
 

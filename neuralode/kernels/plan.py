@@ -136,8 +136,10 @@ class _Layout:
         constants = op.constants if activation is None else activation.constants
         self._line(op.kind, op.inputs, register, self.place[register], op.width, tensor, bias, activation, constants)
 
-    def _line(self, kind: str, inputs: tuple[int, ...], register: int, out: int, width: int, tensor: int = -1,
-              bias: int = -1, activation: Operation | None = None, constants: tuple[float, ...] = ()) -> None:  # fmt: skip
+    def _line(
+        self, kind: str, inputs: tuple[int, ...], register: int, out: int, width: int, tensor: int = -1,
+        bias: int = -1, activation: Operation | None = None, constants: tuple[float, ...] = (),
+    ) -> None:  # fmt: skip
         first = inputs[0] if inputs else STATE
         second = inputs[1] if len(inputs) > 1 else first
         line = Line(

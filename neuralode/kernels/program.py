@@ -69,7 +69,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Program:
-    """A vector field dy/dt = f(t, y) of rows. Tensors, such as weights, are not part of it: they come with each call."""
+    """A vector field dy/dt = f(t, y) of rows. Tensors, such as weights, are not part of it: they come with a call."""
 
     width: int
     """D, the features of a row of the state."""

@@ -238,7 +238,7 @@ class Writer:
         self._registers[row.root] = register
 
     def program(self, output: int) -> Program:
-        """What was written; its tensors come into their shapes, with their history: autograd does not see the writer."""
+        """What was written; its tensors get their shapes here, for autograd does not see what the writer does."""
         for i in self._to_transpose:
             self.tensors[i] = self.tensors[i].t()
         for i, shape in enumerate(self.shapes):

@@ -1,4 +1,4 @@
-"""What a call of a field leaves behind: kernels evaluate its program, so that its side effects would happen once only."""
+"""What a call of a field leaves behind: a program has no side effects, so that they would happen once only."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Watch:
             for part in (thing.func, *thing.args, *thing.keywords.values()):
                 self._enter(part, depth + 1)
         elif isinstance(thing, types.FunctionType):
-            place = _Variables(thing)
+            place: _Place = _Variables(thing)
             self._places.append(place)
             for value in place.before.values():
                 self._enter(value, depth + 1)
