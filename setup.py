@@ -46,7 +46,7 @@ setup(
         "neuralode": ["py.typed"],
         "neuralode.data": ["*.csv"],
         "neuralode.configs": ["**/*.yaml"],
-        "neuralode.kernels": ["csrc/*"],
+        "neuralode.kernels": ["csrc/*", "csrc/cuda/*"],
     },
     ext_modules=[
         Extension(

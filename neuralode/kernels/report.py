@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from neuralode.kernels.cuda.compiler import CompileError, cache_folder, nvrtc_version
 from neuralode.kernels.library import INSTRUCTION_SETS, library, load, path_of, runs_here, runtime
 
 _REBUILD = "install the package again where there is a C++ compiler: pip install --force-reinstall --no-deps ."
@@ -19,10 +20,22 @@ def report() -> str:
         lines.append(f"  threads: {torch.get_num_threads()}, of PyTorch's own pool (torch.set_num_threads)")
     elif used:
         lines.append("  threads: one, for PyTorch's OpenMP runtime has no GOMP_parallel here")
-    lines.append("  CUDA: none yet; solves on a GPU run in the stepper")
+    lines.append(f"  CUDA: {_cuda_state()}")
+    lines.append(f"  compiled kernels are kept in {cache_folder()} ($NEURALODE_CACHE moves it)")
     if not used:
         lines.append("Solves run in the stepper, in plain PyTorch.")
     return "\n".join(lines)
+
+
+def _cuda_state() -> str:
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU here"
+    try:
+        version = nvrtc_version()
+    except CompileError as why:
+        return f"not in use; {why}"
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return f"compiled for {names} when first used, by NVRTC {version}"
 
 
 def _state(name: str, used: str) -> str:

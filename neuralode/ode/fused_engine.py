@@ -13,6 +13,9 @@ from torch.autograd import forward_ad
 
 from neuralode.errors import UsageError
 from neuralode.kernels.cpu import SUCCESS, CPUSolve, LimitsData, MethodData, Task
+from neuralode.kernels.cuda.compiler import CompileError
+from neuralode.kernels.cuda.driver import GPU
+from neuralode.kernels.cuda.solve import CUDASolve
 from neuralode.kernels.library import library, why_not
 from neuralode.kernels.lower import Lowered, NotLowered, lower
 from neuralode.ode.clock import Clock, host_values
@@ -63,7 +66,7 @@ def unable(config: SolverConfig, by_sample: bool = False, outputs: int = 2) -> s
         return "fixed steps of each sample are the stepper's"
     if by_sample and outputs > 2 and not method.interpolates:
         return f"{config.method!r} needs further stages between its steps"
-    return "" if library() else why_not()
+    return ""
 
 
 def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config: SolverConfig, stats: Stats) -> State:
@@ -96,8 +99,14 @@ def _unfit(y0: State, ts: torch.Tensor, by_sample: bool) -> str:
     parts = tensors(y0)
     if in_transform() or forward_ad._current_level >= 0:
         return "inside a transform, the stepper serves"
-    if not all(part.device.type == "cpu" and part.dtype in (torch.float32, torch.float64) for part in parts):
-        return "the kernels are for the CPU, in single and double precision"
+    if not all(part.dtype in (torch.float32, torch.float64) and part.device == parts[0].device for part in parts):
+        return "the kernels are for single and double precision, on one device"
+    if parts[0].device.type not in ("cpu", "cuda"):
+        return f"there are no kernels for {parts[0].device.type!r}"
+    if parts[0].device.type == "cpu" and library() is None:
+        return why_not()
+    if parts[0].device.type == "cuda" and ts.requires_grad:
+        return "gradients of the times are the stepper's on a GPU"
     if any(part.numel() == 0 for part in parts):
         return "the state is empty"
     if by_sample and (isinstance(y0, tuple) or y0.dim() != 2):
@@ -155,10 +164,11 @@ class _Solve:
 
     def states(self) -> torch.Tensor:
         """Solves: the states [T, B, D]."""
-        loaded = library()
-        assert loaded is not None
-        self.kernel = CPUSolve(loaded, self.task)
-        self.kernel.forward()
+        self.kernel = _kernel_for(self.task)
+        try:
+            self.kernel.forward()
+        except CompileError as why:
+            raise NotFused(str(why)) from None
         if not self.records or self.kernel.report.status != SUCCESS:
             return self.kernel.ys
         # the graph owns the kernels' memory as it owns a saved tensor: what frees that frees this
@@ -200,6 +210,14 @@ class _Solve:
         return torch.stack(integration.outputs)
 
 
+def _kernel_for(task: Task) -> CPUSolve | CUDASolve:
+    if task.y0.is_cuda:
+        return CUDASolve(GPU(), task)
+    loaded = library()
+    assert loaded is not None
+    return CPUSolve(loaded, task)
+
+
 class _Fused(torch.autograd.Function):
     """The states of a solve that the kernels have done, with its exact gradient."""
 
@@ -224,7 +242,7 @@ class _Fused(torch.autograd.Function):
         return (None, None, grad_rows, None if grad_ts is None else grad_ts.to(inputs[1].dtype), *shaped)
 
 
-def _differentiable(solve: _Solve, kernel: CPUSolve, inputs: list[torch.Tensor], cotangent: torch.Tensor,
+def _differentiable(solve: _Solve, kernel: CPUSolve | CUDASolve, inputs: list[torch.Tensor], cotangent: torch.Tensor,
                     needed: Sequence[bool]) -> list[torch.Tensor | None]:  # fmt: skip
     """The gradients with a graph of their own."""
     rows, ts, *given = inputs

@@ -1,8 +1,10 @@
-// An explicit Runge-Kutta method as data, its dense output, and the control of step sizes.
+// An explicit Runge-Kutta method as data, and its dense output.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+
+#include "control.h"
 
 namespace neuralode {
 
@@ -65,54 +67,5 @@ struct Slope {
         }
     }
 };
-
-struct Limits {
-    double rtol, atol;
-    double integral, proportional, derivative, safety, min_factor, max_factor;
-    double first_step;  // 0 to choose one
-    int64_t max_steps, max_steps_between;
-};
-
-// The way of a solve, or of one sample, through its times.
-struct Progress {
-    double t = 0, end = 0, size = 0, last = 1, before = 1;
-    bool rejected = false, done = false;
-    int32_t next = 1;  // the output time that comes next
-    int64_t accepted = 0, tried = 0, tried_at_output = 0;
-
-    // Takes in the error of a step over its tolerance; true if the step stands. Söderlind 2003.
-    bool accepts(const Limits& limits, int order, double ratio) {
-        tried++;
-        const bool accepted_now = ratio <= 1, finite = std::isfinite(ratio);
-        const bool filtered = limits.proportional || limits.derivative;
-        double factor = 0;
-        if (finite) {
-            ratio = std::max(ratio, 1e-10);
-            factor = limits.safety * std::pow(ratio, -(limits.integral + limits.proportional + limits.derivative) / order);
-            if (filtered) factor *= std::pow(last, (limits.proportional + 2 * limits.derivative) / order);
-            if (limits.derivative) factor *= std::pow(before, -limits.derivative / order);
-        }
-        const double ceiling = rejected || !accepted_now ? 1.0 : limits.max_factor;
-        const double floor = accepted_now && !filtered ? 1.0 : limits.min_factor;
-        size *= std::min(ceiling, std::max(floor, factor));
-        rejected = !accepted_now;
-        if (accepted_now) before = last, last = ratio, accepted++;
-        return accepted_now;
-    }
-};
-
-// A first step size from the norms of y, f and the change of f over an Euler step (Hairer, Nørsett, Wanner, I, II.4).
-inline double first_guess(double size, double slope) {
-    if (!std::isfinite(size) || !std::isfinite(slope)) return 1e-6;
-    return size < 1e-5 || slope < 1e-5 ? 1e-6 : 0.01 * size / slope;
-}
-inline double first_step(double size, double slope, double h0, double change, int order) {
-    if (!std::isfinite(size) || !std::isfinite(slope)) return 1e-6;
-    const double bend = change / h0;
-    if (!(bend < INFINITY)) return h0;
-    const double steepest = std::max(slope, bend);
-    const double h1 = steepest <= 1e-15 ? std::max(1e-6, h0 * 1e-3) : std::pow(0.01 / steepest, 1.0 / order);
-    return std::min(100 * h0, h1);
-}
 
 }  // namespace neuralode

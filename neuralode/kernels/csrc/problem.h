@@ -3,20 +3,11 @@
 #include <cstdint>
 #include <vector>
 
+#include "kinds.h"
 #include "method.h"
 #include "team.h"
 
 namespace neuralode {
-
-// In the order of KINDS in plan.py.
-enum Kind : int32_t {
-    LINEAR, COPY, SUM, TENSOR, ROWS, CONSTANT, ADD, SUB, MUL, DIV,
-    TANH, SIGMOID, RELU, SILU, SOFTPLUS, ELU, LEAKY_RELU, GELU, SIN, COS, EXP, LOG, SQRT, ABS, RECIPROCAL, POW, SCALE,
-    SHIFT,
-};
-
-// What the reverse does with the adjoint of an input.
-enum Adjoint : int32_t { SET, INCREASE, LEAVE };
 
 struct Operation {
     Kind kind;
@@ -27,8 +18,6 @@ struct Operation {
     int32_t activation;        // a kind, fused with LINEAR: the result is the function's; -1 for none
     Adjoint adjoint_a, adjoint_b;
 };
-
-enum Status : int32_t { SUCCESS, NON_FINITE, STEP_UNDERFLOW, MAX_STEPS, MISMATCH };
 
 constexpr int MOST_GROUPS = 16;
 

@@ -1,0 +1,17 @@
+// The operations of a program, in the order of KINDS in plan.py; for every compiler.
+#pragma once
+
+namespace neuralode {
+
+enum Kind : int {
+    LINEAR, COPY, SUM, TENSOR, ROWS, CONSTANT, ADD, SUB, MUL, DIV,
+    TANH, SIGMOID, RELU, SILU, SOFTPLUS, ELU, LEAKY_RELU, GELU, SIN, COS, EXP, LOG, SQRT, ABS, RECIPROCAL, POW, SCALE,
+    SHIFT,
+};
+
+// What the reverse does with the adjoint of an input.
+enum Adjoint : int { SET, INCREASE, LEAVE };
+
+enum Status : int { SUCCESS, NON_FINITE, STEP_UNDERFLOW, MAX_STEPS, MISMATCH, FULL };
+
+}  // namespace neuralode
