@@ -60,12 +60,16 @@ class MLPField(nn.Module):
                     nn.init.normal_(layer.weight, std=init_std)
                     nn.init.zeros_(layer.bias)
 
-    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def inputs(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What the network sees, [B, features], or [B, features + 1] with the time."""
         if self.power != 1:
             y = y**self.power
         if self.time:
             y = torch.cat([y, t.to(y).expand(*y.shape[:-1], 1)], dim=-1)
-        return self.net(y)
+        return y
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.net(self.inputs(t, y))
 
 
 class ConvField(nn.Module):
