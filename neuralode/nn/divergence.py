@@ -20,10 +20,15 @@ def _silu_slope(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Ten
     return gate + y * (1 - gate)
 
 
+def _softplus_slope(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    assert isinstance(layer, nn.Softplus)
+    return torch.sigmoid(layer.beta * x)
+
+
 _SLOPES: dict[type[nn.Module], Slope] = {
     nn.Tanh: lambda layer, x, y: 1 - y * y,
     nn.Sigmoid: lambda layer, x, y: y * (1 - y),
-    nn.Softplus: lambda layer, x, y: torch.sigmoid(layer.beta * x),
+    nn.Softplus: _softplus_slope,
     nn.SiLU: _silu_slope,
 }
 """Derivatives of activations by argument and value."""
@@ -33,9 +38,9 @@ class DensityField(nn.Module):
     """A state and the logarithm of its density, dy/dt = f(t, y) and d log p/dt = −tr ∂f/∂y.
 
     The instantaneous change of variables (Chen et al. 2018, equation 8). The state of a solve is the tuple (y, log p),
-    of shapes [B, D] and [B]. Of an MLPField with tanh, sigmoid, softplus or silu the trace is written out: with one hidden
-    layer it is a sum, with two one more product, tr J = σ₂′ᵀ (W₂ ∘ (W₁ W₃)ᵀ) σ₁′, beyond that D tangents; the kernels
-    know all of these. Of any other field it takes D products with the Jacobian.
+    of shapes [B, D] and [B]. Of an MLPField with tanh, sigmoid, softplus or silu the trace is written out: with one
+    hidden layer it is a sum, with two one more product, tr J = σ₂′ᵀ (W₂ ∘ (W₁ W₃)ᵀ) σ₁′, beyond that D tangents; the
+    kernels know all of these. Of any other field it takes D products with the Jacobian.
 
     Args:
         field: f(t, y), states [B, D].

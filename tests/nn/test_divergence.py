@@ -86,9 +86,8 @@ def test_density_integrates_to_one() -> None:
     y0 = torch.cartesian_prod(grid, grid)
     density = DensityField(make({"hidden": [16, 16]}, features=2))
     with torch.no_grad():
-        ends, change = neuralode.solve(
-            density, (y0, torch.zeros(len(y0)).double()), [0.0, 1.0], rtol=1e-6, atol=1e-6
-        ).ys
+        state = (y0, torch.zeros(len(y0)).double())
+        ends, change = neuralode.solve(density, state, [0.0, 1.0], rtol=1e-6, atol=1e-6).ys
     log_p = -ends[-1].square().sum(1) / 2 - math.log(2 * math.pi) - change[-1]
     assert abs(float(log_p.exp().sum()) * 0.1**2 - 1) < 1e-3
 
