@@ -7,6 +7,8 @@ the field is solved otherwise.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,28 +54,36 @@ def lower(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any,
     """
     if isinstance(field, torch.jit.ScriptFunction) or hasattr(field, "_torchdynamo_orig_callable"):
         raise NotLowered("it is compiled")
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled((y[0] if isinstance(y, tuple) else y).device.type):
         raise NotLowered("autocast is on")
     watch = Watch(field)
     if reason := watch.obstacle():
         raise NotLowered(reason)
     writer = Writer(torch.is_grad_enabled())
+    try:
+        return _evaluate(field, t, y, args, watch, writer)
+    except NotLowered:
+        if not writer.guessed:
+            raise
+    return _evaluate(field, t, y, args, watch, Writer(torch.is_grad_enabled(), guess="features"))
+
+
+def _evaluate(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any, ...], watch: Watch,
+              writer: Writer) -> Lowered:  # fmt: skip
     t, parts = _begin(writer, t, y)
     recorder = _Recorder(writer)
     try:
-        with _NoLooking(writer), recorder:
+        with _eager(), _NoLooking(writer), recorder:
             dy = field(t, tuple(parts) if isinstance(y, tuple) else parts[0], *args)
-    finally:
-        changed = watch.changes()
-        if writer.refusal or changed:
-            watch.undo_counts()
-    if writer.refusal or changed:  # also if the field has caught the exception
-        raise NotLowered(writer.refusal or changed)
-    try:
+        if reason := writer.refusal or watch.changes():  # also if the field has caught the exception
+            raise NotLowered(reason)
         program = _end(writer, y, dy)
     except NotLowered:
-        watch.undo_counts()
+        watch.restore()
         raise
+    except Exception as error:  # the field's own, which comes again, or one that comes of being watched
+        watch.restore()
+        raise NotLowered(writer.refusal or f"it raises {type(error).__name__}: {error}") from error
     if len(_programs) > 1000:
         _programs.clear()
 
@@ -96,7 +106,7 @@ def _begin(writer: Writer, t: torch.Tensor, y: State) -> tuple[torch.Tensor, lis
     else:
         writer.lead = tuple(given[0].shape[:-1])
     writer.dtype = given[0].dtype
-    # a state that requires a gradient, whether or not y does: later ones will, and what detaches them has to be seen
+    # they require a gradient, whether or not y and t do: later ones will, and what detaches them has to be seen
     parts = [(p.detach().requires_grad_().view_as(p) if writer.grad else p.detach()) for p in given]
     parts = [p.clone() if isinstance(y, torch.Tensor) and not p.is_contiguous() else p for p in parts]
     widths = [part.shape[-1] if part.dim() > (1 if isinstance(y, tuple) else 0) else 1 for part in parts]
@@ -107,6 +117,7 @@ def _begin(writer: Writer, t: torch.Tensor, y: State) -> tuple[torch.Tensor, lis
         writer.begin_with(part, Row(STATE, start, width, squeezed, writer.count == 1))
         start += width
     t = t.detach().clone()
+    t = t.requires_grad_().view_as(t) if writer.grad else t
     writer.begin_with(t, Row(TIME, 0, 1, t.dim() == 0, t.numel() == 1))
     return t, parts
 
@@ -129,6 +140,12 @@ def _end(writer: Writer, y: State, dy: Any) -> Program:
         widths.append(whole)
     output = registers[0] if len(registers) == 1 else writer.emit("concat", *registers, width=sum(widths))
     return writer.program(output)
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Runs functions that torch.compile has compiled as they are written: compiled code does what cannot be seen."""
+    compiles = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
 
 
 class _Recorder(TorchDispatchMode):
@@ -182,10 +199,12 @@ def _why_refused(func: Any) -> str:
 
 
 _DATA: Any = torch.Tensor.data
+_GRAD_FN: Any = torch.Tensor.grad_fn
 _LOOKS = {
     torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__,
-    _DATA.__get__, torch.Tensor.register_hook, torch.Tensor.storage, torch.Tensor.untyped_storage,
-    torch.Tensor.data_ptr, torch.Tensor.set_, torch.Tensor.requires_grad_, torch.Tensor.retain_grad,
+    _DATA.__get__, _DATA.__set__, _GRAD_FN.__get__, torch.Tensor.register_hook, torch.Tensor.storage,
+    torch.Tensor.untyped_storage, torch.Tensor.data_ptr, torch.Tensor.set_, torch.Tensor.requires_grad_,
+    torch.Tensor.retain_grad, torch.Tensor.__repr__,
 }  # fmt: skip
 
 

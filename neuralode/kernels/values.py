@@ -37,10 +37,12 @@ class Writer:
 
     Args:
         grad: whether the evaluation builds a graph.
+        guess: what the only dimension of a tensor holds, "rows" or "features", where there are as many of both.
     """
 
-    def __init__(self, grad: bool):
-        self.grad, self.refusal = grad, ""
+    def __init__(self, grad: bool, guess: str = "rows"):
+        self.grad, self.guess, self.refusal = grad, guess, ""
+        self.guessed = False
         self.lead: tuple[int, ...] = ()
         """Dimensions of the rows."""
         self.width = 0
@@ -98,7 +100,7 @@ class Writer:
         """Notes a new tensor of one number: with rows if its shape has them, so that it may be written to."""
         shape = tuple(x.shape)
         doubtful = shape == self.lead == (self.width,)  # rows, or features?
-        if shape == self.lead and shape and not doubtful:
+        if shape == self.lead and shape and not doubtful and x.dtype == self.dtype:
             return self.result(x, self.constant(value, 1), squeezed=True)
         if len(shape) > 1 and math.prod(shape[:-1]) == self.count and x.dtype == self.dtype:
             return self.result(x, self.constant(value, shape[-1]), squeezed=False)
@@ -108,16 +110,22 @@ class Writer:
         self._kept.append(x)
         return x
 
+    def fix(self, x: torch.Tensor) -> None:
+        """Notes that a tensor's memory is known by several roots, so that it must not change from here on."""
+        row = self._rows.get(key_of(x))
+        if row is not None:
+            self._fixed.add(row.root)
+
     def keep(self, x: Any) -> None:
         """Keeps a constant's memory from being used again."""
         self._kept.append(x)
 
-    def row(self, x: Any) -> Row | None:
-        """What a tensor is, if it has a value in each row."""
+    def row(self, x: Any, new: bool = False) -> Row | None:
+        """What a tensor is, if it has a value in each row; `new` if autograd has not seen it yet."""
         if not isinstance(x, torch.Tensor):
             return None
         row = self._rows.get(key_of(x))
-        if row is not None and row.root in self._graphs and not x.requires_grad:
+        if row is not None and not new and row.root in self._graphs and not x.requires_grad:
             raise NotLowered("it detaches a value")
         return row
 
@@ -135,6 +143,13 @@ class Writer:
                 return True
         return False
 
+    def guess_squeezed(self, shape: torch.Size) -> bool:
+        """Whether a tensor made of the time and of constants has rows only: its shape allows no more than a guess."""
+        if tuple(shape) != self.lead or not self.lead:
+            return False
+        self.guessed = True
+        return self.guess == "rows"
+
     def rows_of(self, shape: torch.Size, squeezed: bool) -> int:
         """How many rows a tensor of that shape has."""
         return math.prod(shape if squeezed else shape[:-1])
@@ -144,6 +159,8 @@ class Writer:
     def emit(self, kind: str, *inputs: int, width: int, tensors: tuple[int, ...] = (),
              constants: tuple[float, ...] = ()) -> int:  # fmt: skip
         """Writes an operation; its register."""
+        if width == 0:
+            raise NotLowered("a part of it has no features")
         if (kind == "scale" and constants[0] == 1) or (kind == "shift" and constants[0] == 0):
             return inputs[0]
         self.operations.append(Operation(kind, inputs, width, tensors, constants))
@@ -208,7 +225,7 @@ class Writer:
 
     def tensor(self, x: torch.Tensor, shape: tuple[int, ...], transposed: bool = False) -> int:
         """The index of a constant, or its transpose, among the program's tensors, in that shape; -1 is for the rows."""
-        key = (id(x) if x.is_leaf else key_of(x), shape, x.requires_grad, transposed)
+        key = (id(x), shape, transposed)  # not its memory: autograd may know two histories of that
         if key not in self._given:
             if x.dtype != self.dtype:
                 raise NotLowered(f"it mixes {x.dtype} with the state's {self.dtype}")
@@ -224,7 +241,7 @@ class Writer:
         """Writes to the memory that a tensor covers, as an operation in place does."""
         row = self._rows.get(key_of(x))
         if row is None or row.root in self._fixed:
-            raise NotLowered("it changes in place what it was given")
+            raise NotLowered("it changes in place what it was given, or what it has spread")
         if self.grad and any(isinstance(s, torch.Tensor) and s.requires_grad for s in sources):
             self._graphs.add(row.root)
         register = self.widened(register, width, row.width)

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import random
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-_CONTAINERS = (list, dict, set)
+_CONTAINERS = (list, dict, set, collections.deque)
+_PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.Tensor, nn.Parameter, torch.dtype, torch.device})
+"""Types of values that hold nothing to look at."""
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"_buffers"}
 """Attributes by which PyTorch itself keeps a module; parameters and hooks are looked at otherwise."""
+_LARGE = 256
+"""Entries of a container beyond which only their number is looked at."""
 
 
 class Watch:
     """Looks at a field before and after one call.
 
-    It sees the attributes of the field's modules and objects, the variables that a function closes over and the globals
-    that it names, each with what lists, dicts and sets among them hold. A number that rose by one is taken for a count
-    of evaluations, the usual `self.nfe += 1`.
+    It sees the attributes of the field's modules and objects and of their classes, the variables that functions and
+    methods close over and the globals that they name, and what lists, dicts, sets and deques among them hold. A number
+    that rose by one is taken for a count of evaluations, the usual `self.nfe += 1`.
     """
 
     def __init__(self, field: Callable[..., Any]):
         self.modules: list[nn.Module] = []
         self._places: list[_Place] = []
-        self._seen: set[int] = set()
+        self._seen: set[Any] = set()
+        self._random: Any = None
+        """Where the generators of Python and NumPy stand, if a function names them."""
         self._enter(field)
         self.counters: list[_Counter] = []
 
@@ -59,39 +68,27 @@ class Watch:
             for name, before in place.before.items():
                 now = place.read(name)
                 if now is not before:
-                    if not _rose_by_one(before, now):
+                    if not (place.counts and _rose_by_one(before, now)):
                         return place.describe(name)
                     self.counters.append(_Counter(place, name))
-                kept = place.contents.get(name)
-                if kept is not None and (changed := self._content_changed(place, name, now, kept)):
-                    return changed
-            if added := place.added():
+            if (added := place.added()) is not None:
                 return place.describe(added)
+        if self._random is not None and repr(self._random) != repr(_generators()):
+            return "it draws random numbers"
         return ""
 
-    def undo_counts(self) -> None:
-        """Takes back what the call counted."""
-        for counter in self.counters:
-            counter.add(-1)
-
-    def _content_changed(self, place: _Place, name: str, now: Any, kept: Any) -> str:
-        if len(now) != len(kept):
-            return place.describe(name)
-        if isinstance(now, set):
-            return "" if now == kept else place.describe(name)
-        keys = list(now) if isinstance(now, dict) else range(len(now))
-        for key in keys:
-            before = kept.get(key, _MISSING) if isinstance(kept, dict) else kept[key]
-            if now[key] is before:
-                continue
-            if not _rose_by_one(before, now[key]):
-                return place.describe(name)
-            self.counters.append(_Counter(_Items(now), key))
-        return ""
+    def restore(self) -> None:
+        """Puts back what the call has changed."""
+        for place in self._places:
+            place.restore()
+        self.counters.clear()
+        if self._random is not None:
+            random.setstate(self._random[0])
+            np.random.set_state(self._random[1])  # noqa: NPY002
 
     def _enter(self, thing: Any, depth: int = 0) -> None:
         """Watches a module, a function or an object, and what they hold."""
-        if id(thing) in self._seen or depth > 3:
+        if type(thing) in _PLAIN or id(thing) in self._seen or depth > 4:
             return
         self._seen.add(id(thing))
         if isinstance(thing, nn.Module):
@@ -100,7 +97,7 @@ class Watch:
                     self._seen.add(id(module))
                     self.modules.append(module)
                     if not type(module).__module__.startswith("torch.nn.modules"):  # whose calls change buffers at most
-                        self._places.append(_Attributes(module))
+                        self._enter_object(module, depth)
         elif isinstance(thing, types.MethodType):
             self._enter(thing.__self__, depth)
             self._enter(thing.__func__, depth)
@@ -108,21 +105,35 @@ class Watch:
             for part in (thing.func, *thing.args, *thing.keywords.values()):
                 self._enter(part, depth + 1)
         elif isinstance(thing, types.FunctionType):
-            place: _Place = _Variables(thing)
-            self._places.append(place)
-            for value in place.before.values():
-                self._enter(value, depth + 1)
-        elif isinstance(thing, list | tuple):
-            for part in thing[:16]:
+            if self._random is None and "random" in _globals_of(thing.__code__):
+                self._random = _generators()
+            self._look_at(_Variables(thing, self._seen), depth)
+        elif isinstance(thing, tuple):
+            for part in thing[:_LARGE]:
                 self._enter(part, depth + 1)
+        elif isinstance(thing, _CONTAINERS):
+            self._look_at(_Entries(thing), depth)
         elif hasattr(thing, "__dict__") and not isinstance(thing, type | types.ModuleType | torch.Tensor):
-            place = _Attributes(thing)
-            self._places.append(place)
-            for value in place.before.values():
-                self._enter(value, depth + 1)
+            self._enter_object(thing, depth)
+
+    def _enter_object(self, thing: Any, depth: int) -> None:
+        self._look_at(_Attributes(thing), depth)
+        for owner in type(thing).__mro__:
+            if owner.__module__.partition(".")[0] not in ("torch", "builtins") and id(owner) not in self._seen:
+                self._seen.add(id(owner))
+                self._look_at(_ClassAttributes(owner), depth)
+
+    def _look_at(self, place: _Place, depth: int) -> None:
+        self._places.append(place)
+        for value in place.before.values():
+            self._enter(value, depth + 1)
 
 
 _MISSING = object()
+
+
+def _generators() -> Any:
+    return random.getstate(), np.random.get_state()  # noqa: NPY002
 
 
 def _rose_by_one(before: Any, now: Any) -> bool:
@@ -132,21 +143,25 @@ def _rose_by_one(before: Any, now: Any) -> bool:
 class _Place:
     """Named values that a call may change."""
 
-    before: dict[Any, Any]
+    counts = True
+    """Whether numbers among them may be counters."""
 
-    def __init__(self) -> None:
-        self.contents = {
-            name: value.copy() for name, value in self.before.items()
-            if isinstance(value, _CONTAINERS) and len(value) <= 64
-        }  # fmt: skip
+    def __init__(self, before: dict[Any, Any], holder: Sized = ()):
+        self.before, self.holder, self.count = before, holder, len(holder)
 
     def read(self, name: Any) -> Any: ...
 
     def write(self, name: Any, value: Any) -> None: ...
 
     def added(self) -> Any:
-        """A name that was not there before, if there is one."""
+        """A name that was not there before, if there is one; a removed one is among those that were."""
         return None
+
+    def restore(self) -> None:
+        """Puts back what was there."""
+        for name, value in self.before.items():
+            if self.read(name) is not value:
+                self.write(name, value)
 
     def describe(self, name: Any) -> str:
         return f"a call changes {name!r}"
@@ -155,13 +170,13 @@ class _Place:
 class _Attributes(_Place):
     def __init__(self, owner: Any):
         self.owner = owner
-        own = owner.__dict__.items()
-        if isinstance(owner, nn.Module):
-            self.before = {name: value for name, value in own if name not in _OF_EVERY_MODULE}
-        else:
-            self.before = dict(own)
-        self.count = len(own)
-        super().__init__()
+        own = owner.__dict__
+        before = (
+            {name: own[name] for name in own if name not in _OF_EVERY_MODULE}
+            if isinstance(owner, nn.Module)
+            else {**own}
+        )
+        super().__init__(before, own)
 
     def read(self, name: Any) -> Any:
         return self.owner.__dict__.get(name, _MISSING)
@@ -172,26 +187,60 @@ class _Attributes(_Place):
     def added(self) -> Any:
         if len(self.owner.__dict__) == self.count:
             return None
-        known = self.before.keys() | _OF_EVERY_MODULE
-        return next((name for name in self.owner.__dict__ if name not in known), None)
+        return next((name for name in self.owner.__dict__ if self._is_new(name)), None)
+
+    def restore(self) -> None:
+        super().restore()
+        for name in [name for name in self.owner.__dict__ if self._is_new(name)]:
+            del self.owner.__dict__[name]
 
     def describe(self, name: Any) -> str:
         return f"a call changes {name!r} of {type(self.owner).__name__}"
+
+    def _is_new(self, name: str) -> bool:
+        return name not in self.before and not (isinstance(self.owner, nn.Module) and name in _OF_EVERY_MODULE)
+
+
+class _ClassAttributes(_Place):
+    """The values of a class, and its methods."""
+
+    def __init__(self, owner: type):
+        self.owner = owner
+        super().__init__({name: owner.__dict__[name] for name in _values_of(owner) if name in owner.__dict__})
+
+    def read(self, name: Any) -> Any:
+        return self.owner.__dict__.get(name, _MISSING)
+
+    def write(self, name: Any, value: Any) -> None:
+        setattr(self.owner, name, value)
+
+
+@functools.lru_cache(maxsize=256)
+def _values_of(owner: type) -> tuple[str, ...]:
+    """Names of a class's methods and plain values."""
+    kinds = (types.FunctionType, int, float, *_CONTAINERS, type(None))
+    names = (name for name, value in owner.__dict__.items() if isinstance(value, kinds))
+    return tuple(name for name in names if not name.startswith("__") or name == "__call__")
 
 
 class _Variables(_Place):
     """What a function closes over, and the globals that it names."""
 
-    def __init__(self, function: types.FunctionType):
+    def __init__(self, function: types.FunctionType, seen: set[Any]):
         self.cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         self.globals = function.__globals__
-        self.before = {name: self.read(name) for name in self._names(function.__code__)}
-        super().__init__()
+        super().__init__({name: self.read(name) for name in self._names(function.__code__, seen)})
 
-    def _names(self, code: types.CodeType) -> Iterator[str]:
-        yield from self.cells
-        for name in code.co_names:
-            if name in self.globals and not isinstance(self.globals[name], types.ModuleType | type):
+    def _names(self, code: types.CodeType, seen: set[Any]) -> Iterator[str]:
+        """The names of those that no other function has shown."""
+        for name, cell in self.cells.items():
+            if id(cell) not in seen:
+                seen.add(id(cell))
+                yield name
+        for name in _globals_of(code):
+            key = id(self.globals), name
+            if name in self.globals and key not in seen and not isinstance(self.globals[name], types.ModuleType | type):
+                seen.add(key)
                 yield name
 
     def read(self, name: Any) -> Any:
@@ -209,17 +258,41 @@ class _Variables(_Place):
             self.globals[name] = value
 
 
-class _Items(_Place):
-    """The entries of a list or dict."""
+@functools.lru_cache(maxsize=1024)
+def _globals_of(code: types.CodeType) -> tuple[str, ...]:
+    """Names that may be of globals, in a function and in those that it defines."""
+    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _globals_of(const)]
+    return tuple(dict.fromkeys((*code.co_names, *inner)))
+
+
+class _Entries(_Place):
+    """The entries of a list, dict, set or deque."""
 
     def __init__(self, container: Any):
         self.container = container
+        self.counts = not isinstance(container, collections.deque)
+        self.kept = container.copy() if len(container) <= _LARGE else None
+        before = {} if self.kept is None or isinstance(container, set) else self.kept
+        super().__init__(before if isinstance(before, dict) else dict(enumerate(before)), container)
 
     def read(self, name: Any) -> Any:
-        return self.container[name]
+        if isinstance(self.container, dict):
+            return self.container.get(name, _MISSING)
+        return self.container[name] if name < len(self.container) else _MISSING
 
     def write(self, name: Any, value: Any) -> None:
         self.container[name] = value
+
+    def added(self) -> Any:
+        changed = isinstance(self.container, set) and self.kept not in (None, self.container)
+        return type(self.container).__name__ if changed or len(self.container) != self.count else None
+
+    def restore(self) -> None:
+        if self.kept is not None:
+            self.container.clear()
+            self.container.extend(self.kept) if hasattr(self.container, "extend") else self.container.update(self.kept)
+        while len(self.container) > self.count:
+            self.container.popitem() if isinstance(self.container, dict) else self.container.pop()
 
 
 class _Counter:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from neuralode.errors import UsageError
+from neuralode.nn.operator import register
+from neuralode.nn.operator import solve as solve_operator
 from neuralode.ode import Solution, SolverConfig, Stats, solve_configured
 from neuralode.ode.observed_field import tensors
 from neuralode.ode.solution import State
@@ -47,6 +49,11 @@ class ODEBlock(nn.Module):
         self.autonomous = _takes_state_alone(field)
         self.stats: Stats | None = None
         """Statistics of the last call."""
+        self._number = register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = register(self)  # of the copy
 
     def forward(self, y0: State, t: torch.Tensor | Sequence[float] | None = None) -> State:
         """Solves from y0.
@@ -55,6 +62,8 @@ class ODEBlock(nn.Module):
             y0: initial state, a tensor of any shape or a tuple of tensors.
             t: output times, [T]; the solver's time span if None. Given times, the block returns the trajectory.
         """
+        if torch.compiler.is_compiling() and isinstance(y0, torch.Tensor):
+            return self._compiled(y0, t)
         solution = self.solve(y0, t)
         return solution.final if t is None and self.output == "final" else solution.ys
 
@@ -67,6 +76,14 @@ class ODEBlock(nn.Module):
             solution = solve_configured(field, state, times, self.solver)
         self.stats = solution.stats
         return solution
+
+    def _compiled(self, y0: torch.Tensor, t: torch.Tensor | Sequence[float] | None) -> torch.Tensor:
+        """As `forward`, the solve being one operator to the compiler."""
+        state = self._prepare(y0)
+        assert isinstance(state, torch.Tensor)
+        ts = torch.as_tensor(self.solver.t_span if t is None else t, dtype=state.real.dtype, device=state.device)
+        ys = solve_operator(state, ts, list(self.parameters()), self._number)
+        return ys[-1] if t is None and self.output == "final" else ys
 
     def vector_field(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The field at (t, y), whichever way it takes its arguments."""

@@ -33,7 +33,7 @@ def _squeezed(writer: Writer, shape: torch.Size, xs: list[Any]) -> bool:
         raise NotLowered("rows are spread over rows")
     if len(shape) == 0:
         return True
-    return all(row.squeezed for row, x in rows if x.dim() == len(shape)) and tuple(shape) == writer.lead != ()
+    return all(row.squeezed for row, x in rows if x.dim() == len(shape)) and writer.guess_squeezed(shape)
 
 
 def _in_place(functional: Any) -> Handler:
@@ -42,7 +42,7 @@ def _in_place(functional: Any) -> Handler:
     def handler(writer: Writer, func: Any, args: Any, kwargs: Any) -> Any:
         known = HANDLERS[functional]
         result = known(writer, functional, args, kwargs)
-        row = writer.row(result)
+        row = writer.row(result, new=True)
         assert row is not None
         if result.shape != args[0].shape:
             raise NotLowered(f"{func} changes a shape")
@@ -200,7 +200,7 @@ def _activation_backward(writer: Writer, func: Any, args: Any, kwargs: Any) -> A
     return elementwise(writer, func(*args, **kwargs), list(args[:2]), write)
 
 
-@handles(aten.copy_.default)
+@handles(aten.copy_.default, aten.fill_.Tensor)
 def _assign(writer: Writer, func: Any, args: Any, kwargs: Any) -> Any:
     to, source = args[0], args[1]
     row = writer.row(to)

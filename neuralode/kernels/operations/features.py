@@ -113,11 +113,14 @@ def _expand(writer: Writer, func: Any, args: Any, kwargs: Any) -> Any:
     padded = (*[1] * (out.dim() - x.dim()), *x.shape)
     if not row.uniform and (padded[:-1] != tuple(out.shape[:-1]) or out.dim() != x.dim()):
         raise NotLowered("it spreads rows over rows")
-    squeezed = x.dim() == 0 and tuple(out.shape) == writer.lead and tuple(out.shape) != (writer.width,)
+    squeezed = x.dim() == 0 and writer.guess_squeezed(out.shape)
     if row.uniform and writer.rows_of(out.shape, squeezed) not in (1, writer.count):
         raise NotLowered("it spreads a value over other rows than the state's")
     width = 1 if squeezed or out.dim() == 0 else out.shape[-1]
-    return writer.result(out, writer.widened(writer.register(row), row.width, width), squeezed, [x])
+    writer.fix(x)  # a view with a root of its own
+    writer.result(out, writer.widened(writer.register(row), row.width, width), squeezed, [x])
+    writer.fix(out)
+    return out
 
 
 def _features(writer: Writer, x: torch.Tensor, dim: int) -> Row:

@@ -20,7 +20,17 @@ def _linear(writer: Writer, out: torch.Tensor, x: Any, matrix: Any, bias: Any) -
     if row.squeezed or x.shape[-1] != row.width:
         raise NotLowered("it multiplies rows with each other")
     known = writer.transposed.get(key_of(matrix))
+    if known is not None and writer.grad and not _is_transpose(matrix, known):
+        known = None
     return _layer(writer, out, x, row, matrix if known is None else known, bias, transposed=known is None)
+
+
+def _is_transpose(matrix: torch.Tensor, known: torch.Tensor) -> bool:
+    """Whether a matrix is the transpose of another to autograd too: memory alone does not tell a detached one."""
+    if not matrix.requires_grad or matrix.grad_fn is None:
+        return not matrix.requires_grad and not known.requires_grad
+    source = matrix.grad_fn.next_functions[0][0]
+    return source is known.grad_fn if known.grad_fn is not None else getattr(source, "variable", None) is known
 
 
 def _layer(writer: Writer, out: torch.Tensor, x: torch.Tensor, row: Row, weight: torch.Tensor, bias: Any,
