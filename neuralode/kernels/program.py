@@ -80,6 +80,13 @@ class Program:
     shapes: tuple[tuple[int, ...], ...]
     """Shapes of the tensors; the first entry is -1 for those that have one row a sample."""
 
+    def __post_init__(self) -> None:
+        # programs are keys of what is made for them, in every solve
+        object.__setattr__(self, "_hash", hash((self.width, self.operations, self.output, self.shapes)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
+
     @property
     def widths(self) -> list[int]:
         """Features of every register."""

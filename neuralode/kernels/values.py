@@ -26,6 +26,15 @@ class Row(NamedTuple):
     """Whether the tensor has no dimensions for the rows: they are all alike."""
 
 
+class Made(NamedTuple):
+    """An operation on constants alone."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    out: Any
+
+
 Key = tuple[int, torch.Size, tuple[int, ...]]
 
 
@@ -49,6 +58,10 @@ class Writer:
         self.dtype = torch.float32
         self.operations: list[Operation] = []
         self.tensors: list[torch.Tensor] = []
+        self.made: list[Made] = []
+        """The operations on constants, in order."""
+        self.sources: list[torch.Tensor] = []
+        """The tensors as the evaluation had them, before they got their shapes."""
         self.shapes: list[tuple[int, ...]] = []
         self._rows: dict[Key, Row] = {}
         self._fills: dict[Key, float] = {}
@@ -60,7 +73,7 @@ class Writer:
         self._given: dict[Any, int] = {}
         self.transposed: dict[Key, torch.Tensor] = {}
         """Constant matrices, by their transposes."""
-        self._to_transpose: list[int] = []
+        self.to_transpose: list[int] = []
         self._next_root = TIME + 1
         self._graphs: set[int] = set()
         """Roots that belong to a graph of autograd."""
@@ -234,7 +247,7 @@ class Writer:
             self.shapes.append(shape)
             self._given[key] = len(self.tensors) - 1
             if transposed:
-                self._to_transpose.append(len(self.tensors) - 1)
+                self.to_transpose.append(len(self.tensors) - 1)
         return self._given[key]
 
     def assign(self, x: torch.Tensor, register: int, width: int, sources: Any) -> None:
@@ -256,7 +269,8 @@ class Writer:
 
     def program(self, output: int) -> Program:
         """What was written; its tensors get their shapes here, for autograd does not see what the writer does."""
-        for i in self._to_transpose:
+        self.sources = list(self.tensors)
+        for i in self.to_transpose:
             self.tensors[i] = self.tensors[i].t()
         for i, shape in enumerate(self.shapes):
             wanted = tuple(self.count if n == -1 else n for n in shape)

@@ -6,6 +6,7 @@ import collections
 import functools
 import random
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
@@ -32,12 +33,22 @@ class Watch:
 
     def __init__(self, field: Callable[..., Any]):
         self.modules: list[nn.Module] = []
-        self._places: list[_Place] = []
+        self.places: list[Place] = []
         self._seen: set[Any] = set()
         self._random: Any = None
         """Where the generators of Python and NumPy stand, if a function names them."""
         self._enter(field)
         self.counters: list[_Counter] = []
+
+    @property
+    def draws(self) -> bool:
+        """Whether it may draw random numbers."""
+        return self._random is not None
+
+    def held(self) -> set[int]:
+        """What the field holds, by itself or in what it names: the ids, tensors' among them."""
+        held = {id(x) for module in self.modules for x in (*module._parameters.values(), *module._buffers.values())}
+        return held | {id(x) for place in self.places for x in place.before.values()}
 
     def obstacle(self) -> str:
         """Why the field should not be called for its program at all; empty if it may be."""
@@ -64,7 +75,7 @@ class Watch:
 
     def changes(self) -> str:
         """What the call changed besides counters, by name; empty if nothing. Fills `counters`."""
-        for place in self._places:
+        for place in self.places:
             for name, before in place.before.items():
                 now = place.read(name)
                 if now is not before:
@@ -79,7 +90,7 @@ class Watch:
 
     def restore(self) -> None:
         """Puts back what the call has changed."""
-        for place in self._places:
+        for place in self.places:
             place.restore()
         self.counters.clear()
         if self._random is not None:
@@ -123,8 +134,8 @@ class Watch:
                 self._seen.add(id(owner))
                 self._look_at(_ClassAttributes(owner), depth)
 
-    def _look_at(self, place: _Place, depth: int) -> None:
-        self._places.append(place)
+    def _look_at(self, place: Place, depth: int) -> None:
+        self.places.append(place)
         for value in place.before.values():
             self._enter(value, depth + 1)
 
@@ -140,7 +151,7 @@ def _rose_by_one(before: Any, now: Any) -> bool:
     return type(before) in (int, float) and type(now) is type(before) and now == before + 1
 
 
-class _Place:
+class Place:
     """Named values that a call may change."""
 
     counts = True
@@ -157,6 +168,10 @@ class _Place:
         """A name that was not there before, if there is one; a removed one is among those that were."""
         return None
 
+    def is_of(self, thing: Any) -> bool:
+        """Whether these are the attributes of an object."""
+        return False
+
     def restore(self) -> None:
         """Puts back what was there."""
         for name, value in self.before.items():
@@ -167,9 +182,10 @@ class _Place:
         return f"a call changes {name!r}"
 
 
-class _Attributes(_Place):
+class _Attributes(Place):
     def __init__(self, owner: Any):
-        self.owner = owner
+        # a program that is kept for a module does not keep the module
+        self._owner = weakref.ref(owner) if isinstance(owner, nn.Module) else lambda: owner
         own = owner.__dict__
         before = (
             {name: own[name] for name in own if name not in _OF_EVERY_MODULE}
@@ -177,6 +193,13 @@ class _Attributes(_Place):
             else {**own}
         )
         super().__init__(before, own)
+
+    @property
+    def owner(self) -> Any:
+        return self._owner()
+
+    def is_of(self, thing: Any) -> bool:
+        return self.owner is thing
 
     def read(self, name: Any) -> Any:
         return self.owner.__dict__.get(name, _MISSING)
@@ -201,7 +224,7 @@ class _Attributes(_Place):
         return name not in self.before and not (isinstance(self.owner, nn.Module) and name in _OF_EVERY_MODULE)
 
 
-class _ClassAttributes(_Place):
+class _ClassAttributes(Place):
     """The values of a class, and its methods."""
 
     def __init__(self, owner: type):
@@ -223,7 +246,7 @@ def _values_of(owner: type) -> tuple[str, ...]:
     return tuple(name for name in names if not name.startswith("__") or name == "__call__")
 
 
-class _Variables(_Place):
+class _Variables(Place):
     """What a function closes over, and the globals that it names."""
 
     def __init__(self, function: types.FunctionType, seen: set[Any]):
@@ -265,7 +288,7 @@ def _globals_of(code: types.CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*code.co_names, *inner)))
 
 
-class _Entries(_Place):
+class _Entries(Place):
     """The entries of a list, dict, set or deque."""
 
     def __init__(self, container: Any):
@@ -298,7 +321,7 @@ class _Entries(_Place):
 class _Counter:
     """A number that counts evaluations."""
 
-    def __init__(self, place: _Place, name: Any):
+    def __init__(self, place: Place, name: Any):
         self.place, self.name = place, name
 
     def add(self, count: int) -> None:

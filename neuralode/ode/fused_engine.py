@@ -90,7 +90,7 @@ def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config
     report = solve.kernel.report
     if report.status != SUCCESS or not all_finite(ys[-1]):
         raise NotFused("the solve failed, and the stepper says why", failed=True)
-    lowered.count(report.evaluations - 1)
+    lowered.count(report.evaluations - (lowered.dy is not None))
     solve.fill(stats)
     return solve.packing.unpack(ys) if solve.packing.tuple else ys.reshape(len(ys), *like.shape)
 
@@ -147,7 +147,7 @@ class _Solve:
         self.task = Task(
             lowered.program, lowered.tensors, self.rows.detach().contiguous(), ts.detach().double().contiguous(),
             self.method, _limits(self.settings), self._groups(width), grid, by_sample,
-            self._as_rows(lowered.dy, width).detach().contiguous(), self.records,
+            None if lowered.dy is None else self._as_rows(lowered.dy, width).detach().contiguous(), self.records,
             tuple(self.records and x.requires_grad for x in lowered.tensors),
             self.records and ts.requires_grad, 0 if config.checkpoint == "always" else config.memory_budget,
         )  # fmt: skip
