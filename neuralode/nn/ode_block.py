@@ -70,7 +70,7 @@ class ODEBlock(nn.Module):
     def solve(self, y0: State, t: torch.Tensor | Sequence[float] | None = None) -> Solution:
         """As `forward`, returning the whole Solution."""
         state = self._prepare(y0)
-        field = _Autonomous(self.field) if self.autonomous else self.field
+        field = self._of_time_and_state() if self.autonomous else self.field
         times: Any = self.solver.t_span if t is None else t
         with torch.autocast(tensors(state)[0].device.type, enabled=False):
             solution = solve_configured(field, state, times, self.solver)
@@ -88,6 +88,13 @@ class ODEBlock(nn.Module):
     def vector_field(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The field at (t, y), whichever way it takes its arguments."""
         return self.field(y) if self.autonomous else self.field(t, y)
+
+    def _of_time_and_state(self) -> _Autonomous:
+        """The field as f(t, y): the same object in every solve, for what is known of it is kept with it."""
+        known: _Autonomous | None = self.__dict__.get("_wrapped")
+        if known is None or known.field is not self.field:
+            known = self.__dict__["_wrapped"] = _Autonomous(self.field)  # not a part of the block's state
+        return known
 
     def augmented(self, y0: torch.Tensor) -> torch.Tensor:
         """y0 with the block's zeros appended along dimension 1."""
