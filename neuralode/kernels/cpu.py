@@ -120,9 +120,16 @@ def _method(data: MethodData) -> tuple[_Method, list[Any]]:
     return method, arrays
 
 
+_Integers = ctypes.Array[ctypes.c_int32]
+
+
 @functools.lru_cache(maxsize=256)
-def _plan(program: Program, wants_gradient: tuple[bool, ...], times_move: bool) -> Plan:
-    return make_plan(program, wants_gradient, times_move)
+def _layout(program: Program, wants_gradient: tuple[bool, ...], times_move: bool,
+            groups: tuple[int, ...]) -> tuple[Plan, _Integers, _Integers, _Integers]:  # fmt: skip
+    """The plan, and as arrays: the tensors' shapes, which of them want a gradient, and the groups."""
+    plan = make_plan(program, wants_gradient, times_move)
+    shapes = _ints([n for i in range(len(program.shapes)) for n in _shape(program, i)])
+    return plan, shapes, _ints(wants_gradient), _ints(groups)
 
 
 def _doubles(values: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
@@ -182,12 +189,10 @@ class CPUSolve(ctypes.Structure):
         self.tensors = [x.detach().contiguous() for x in task.tensors]
         wants = task.wants_gradient or (False,) * len(self.tensors)
         self.wants = wants
-        plan = _plan(task.program, wants, task.times_move)
+        plan, shapes, gradients, groups = _layout(task.program, wants, task.times_move, task.groups)
         method, arrays = _method(task.method)
         grid = None if task.grid is None else _doubles(task.grid)
         pointers = (ctypes.c_void_p * max(1, len(self.tensors)))(*(x.data_ptr() for x in self.tensors))
-        shapes = _ints([n for i in range(len(self.tensors)) for n in _shape(task.program, i)])
-        gradients, groups = _ints(wants), _ints(task.groups)
         self._alive = [task, plan, arrays, grid, pointers, shapes, gradients, groups]
         address = ctypes.addressof
         self._problem = _Problem(
@@ -224,6 +229,11 @@ class CPUSolve(ctypes.Structure):
         self._read()
         return y0, found, times
 
+    def take_states(self) -> torch.Tensor:
+        """The states [T, B, D], handed over: a graph that owns this solve must not be owned by it through them."""
+        ys, self.ys = self.ys, self.ys.new_empty(0)
+        return ys
+
     def sizes(self) -> list[float]:
         """Sizes of the accepted steps that the samples share."""
         found = _doubles([0.0] * self.report.steps)
@@ -258,7 +268,6 @@ def _data(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-@functools.lru_cache(maxsize=1024)
 def _shape(program: Program, index: int) -> tuple[int, int]:
     """(outputs, inputs) of a tensor: inputs are 0 for one that is no weight, -1 for one that has a row a sample."""
     shape = program.shapes[index]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from operator import is_, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ _USES = 64
 """Solves after which a program is written anew."""
 _MOST = 16
 """Programs of one field, for states of different shapes."""
-_HELD_APART = ("_parameters", "_buffers", "_modules")
+_HELD = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _remembered: weakref.WeakKeyDictionary[Any, dict[Any, Remembered]] = weakref.WeakKeyDictionary()
@@ -68,7 +69,7 @@ def recall(field: Callable[..., Any], when: Any) -> Remembered | None:
 
 def _needed(held: set[int], writer: Writer) -> list[Made] | None:
     """The operations on what the field holds that make the program's tensors; None if some come from elsewhere."""
-    makers = {id(step.out): step for step in writer.made if not any(step.out is x for x in step.args)}
+    makers = {id(x): step for step in writer.made for x in _flat(step.out) if not any(x is y for y in step.args)}
     needed: dict[int, Made] = {}
     rest = [x for x in writer.sources if id(x) not in held]
     while rest:
@@ -76,13 +77,19 @@ def _needed(held: set[int], writer: Writer) -> list[Made] | None:
         step = makers.get(id(x))
         if step is None or x.requires_grad != (writer.grad and any(y.requires_grad for y in _tensors(step))):
             return None  # made elsewhere, or where no gradient was to pass
-        needed[id(x)] = step
-        rest += [x for x in _tensors(step) if id(x) not in held and id(x) not in needed]
+        needed[id(step.out)] = step
+        held.add(id(x))
+        rest += [x for x in _tensors(step) if id(x) not in held]
     return [step for step in writer.made if id(step.out) in needed]
 
 
 def _tensors(step: Made) -> list[torch.Tensor]:
-    return [x for x in (*step.args, *step.kwargs.values()) if isinstance(x, torch.Tensor)]
+    return [x for given in (*step.args, *step.kwargs.values()) for x in _flat(given)]
+
+
+def _flat(x: Any) -> list[torch.Tensor]:
+    """The tensors of an argument, or of a result."""
+    return [y for y in (x if isinstance(x, list | tuple) else (x,)) if isinstance(y, torch.Tensor)]
 
 
 class Remembered:
@@ -100,7 +107,7 @@ class Remembered:
         for place, name in self.counters:
             for state in self._modules:
                 if place.is_of(state.module()):
-                    state.attributes.pop(name, None)
+                    state.leave_out(name)
         self._places = [
             (place, {name: x for name, x in place.before.items() if (id(place), name) not in counted})
             for place in watch.places if not any(place.is_of(module) for module in watch.modules)
@@ -120,9 +127,13 @@ class Remembered:
     def tensors(self) -> list[torch.Tensor]:
         """The program's tensors now, with their history."""
         now: dict[int, torch.Tensor] = {}
+
+        def present(x: Any) -> Any:
+            return [present(y) for y in x] if isinstance(x, list | tuple) else now.get(id(x), x)
+
         for func, args, kwargs, out in self._made:
-            args = [now.get(id(x), x) for x in args]
-            now[id(out)] = func(*args, **{name: now.get(id(x), x) for name, x in kwargs.items()})
+            made = func(*map(present, args), **{name: present(x) for name, x in kwargs.items()})
+            now |= {id(then): x for then, x in zip(_flat(out), _flat(made), strict=True)}
         return [source.now(now.get(id(source.tensor), source.tensor)) for source in self._sources]
 
     def count(self, evaluations: int) -> None:
@@ -159,25 +170,32 @@ class _ModuleState:
     def __init__(self, module: nn.Module):
         self.module = weakref.ref(module)
         own = module.__dict__
-        self.attributes = {name: own[name] for name in own if name not in _HELD_APART}
-        self.held = tuple(dict(own[name]) for name in _HELD_APART)
-        self.size = len(own)
+        self.values, self.counted = list(own.values()), [False] * len(own)
+        self.counts = False
+        self.held = [tuple(own[name].values()) for name in _HELD]
+
+    def leave_out(self, name: str) -> None:
+        """Lets an attribute change: it is a counter."""
+        module = self.module()
+        assert module is not None
+        self.counted[list(module.__dict__).index(name)] = self.counts = True
 
     def holds(self) -> bool:
         module = self.module()
         if module is None:
             return False
         own = module.__dict__
-        if len(own) != self.size or any(own[name] for name in _HOOKS):
+        if len(own) != len(self.values) or any(own[name] for name in _HOOKS):
             return False
-        for name, before in self.attributes.items():
-            if own.get(name) is not before:
-                return False
-        return all(_same(own[name], before) for name, before in zip(_HELD_APART, self.held, strict=True))
+        if not self.counts:
+            same = all(map(is_, own.values(), self.values))
+        else:
+            same = all(map(or_, self.counted, map(is_, own.values(), self.values)))
+        return same and all(map(_same, (own[name] for name in _HELD), self.held))
 
 
-def _same(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
-    return len(now) == len(before) and all(now.get(name) is x for name, x in before.items())
+def _same(now: dict[str, Any], before: tuple[Any, ...]) -> bool:
+    return len(now) == len(before) and all(map(is_, now.values(), before))
 
 
 def _unchanged(place: Place, before: dict[Any, Any]) -> bool:

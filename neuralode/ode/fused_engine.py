@@ -28,7 +28,7 @@ from neuralode.ode.setup import fixed_grid, settings_of
 from neuralode.ode.solution import State, Stats
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import CountedField, Integration, Settings
-from neuralode.ode.tolerance import all_finite, in_transform
+from neuralode.ode.tolerance import in_transform
 
 _OPTIONS = {
     "first_step", "max_num_steps", "safety", "ifactor", "dfactor", "step_size", "grid_constructor", "steps_per_sync",
@@ -37,6 +37,7 @@ _OPTIONS = {
 _WIDEST = 1024
 """Features of a state up to which a tile of it stays in the caches."""
 _NO_LIMIT = 2**62
+_INFERENCE = "tensors made in inference mode cannot be kept for a gradient"
 
 
 class NotFused(Exception):
@@ -88,7 +89,7 @@ def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config
     solve = _Solve(lowered, y0, ts, config, by_sample, field)
     ys = solve.states()
     report = solve.kernel.report
-    if report.status != SUCCESS or not all_finite(ys[-1]):
+    if report.status != SUCCESS:
         raise NotFused("the solve failed, and the stepper says why", failed=True)
     lowered.count(report.evaluations - (lowered.dy is not None))
     solve.fill(stats)
@@ -109,6 +110,8 @@ def _unfit(y0: State, ts: torch.Tensor, by_sample: bool) -> str:
         return "gradients of the times are the stepper's on a GPU"
     if any(part.numel() == 0 for part in parts):
         return "the state is empty"
+    if torch.is_grad_enabled() and any(part.is_inference() for part in parts):
+        return _INFERENCE
     if by_sample and (isinstance(y0, tuple) or y0.dim() != 2):
         return "steps of each sample are for states [B, D]"
     return ""
@@ -144,6 +147,8 @@ class _Solve:
         wanted = torch.is_grad_enabled()
         self.inputs = [self.rows, ts, *lowered.tensors]
         self.records = wanted and any(x.requires_grad for x in self.inputs)
+        if self.records and any(x.is_inference() for x in self.inputs):
+            raise NotFused(_INFERENCE)
         self.task = Task(
             lowered.program, lowered.tensors, self.rows.detach().contiguous(), ts.detach().double().contiguous(),
             self.method, _limits(self.settings), self._groups(width), grid, by_sample,
@@ -170,7 +175,7 @@ class _Solve:
         except CompileError as why:
             raise NotFused(str(why)) from None
         if not self.records or self.kernel.report.status != SUCCESS:
-            return self.kernel.ys
+            return self.kernel.take_states()
         # the graph owns the kernels' memory as it owns a saved tensor: what frees that frees this
         owner = torch.frombuffer(self.kernel, dtype=torch.uint8)
         self.kernel_ref = weakref.ref(self.kernel)
@@ -226,7 +231,7 @@ class _Fused(torch.autograd.Function):
                 *given: torch.Tensor) -> torch.Tensor:  # fmt: skip
         ctx.solve = solve
         ctx.save_for_backward(owner, rows, ts, *given)
-        return solve.kernel.ys
+        return solve.kernel.take_states()
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
@@ -238,8 +243,7 @@ class _Fused(torch.autograd.Function):
             return (None, None, *_differentiable(solve, kernel, inputs, cotangents[0], ctx.needs_input_grad[2:]))
         grad_rows, grad_given, grad_ts = kernel.backward(cotangents[0], ctx.needs_input_grad[2])
         solve.stats.nfe_backward += kernel.report.products
-        shaped = [None if g is None else g.reshape(x.shape) for g, x in zip(grad_given, inputs[2:], strict=True)]
-        return (None, None, grad_rows, None if grad_ts is None else grad_ts.to(inputs[1].dtype), *shaped)
+        return (None, None, grad_rows, None if grad_ts is None else grad_ts.to(inputs[1].dtype), *grad_given)
 
 
 def _differentiable(solve: _Solve, kernel: CPUSolve | CUDASolve, inputs: list[torch.Tensor], cotangent: torch.Tensor,

@@ -152,7 +152,8 @@ def test_what_is_made_of_parameters_is_made_again() -> None:
     weight, mask = torch.randn(3, 3, requires_grad=True), torch.tensor([1.0, 0.0, 1.0])
 
     def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return y @ (weight * mask).exp()[:, [2, 1, 0]].t()
+        first, *rest = (weight * mask).exp().flip(1).unbind()
+        return y @ torch.stack([first, *rest]).t()
 
     again(field)
     with torch.no_grad():

@@ -110,6 +110,8 @@ inline void Solve::forward_shared(int index) {
             break;
         }
     }
+    for (int64_t i = from; i < to && progress.done; i++)
+        if (!finite(state[i].y)) fail(NON_FINITE);
     if (index == 0) common = progress, begun = true;
 }
 
@@ -161,6 +163,7 @@ inline void Solve::forward_tiles(int index) {
         std::swap(tile.y, w.tile.y), std::swap(tile.y1, w.tile.y1), std::swap(tile.k, w.tile.k);
         begin(w, w.next_tile, tile);
         p.grid ? through_grid(w, w.next_tile, tile) : through_rows(w, w.next_tile, tile);
+        if (!failed && !finite(tile.y)) fail(NON_FINITE);
         if (failed) break;
         if (p.records) {  // the backward pass may want the last state
             Vec* y = w.kept.take<Vec>(p.width * VECS);

@@ -167,6 +167,12 @@ class CUDASolve(ctypes.Structure):
         self.report.products = self.report.accepted * stages
         return (grad_y0 if wants_y0 else None), found, None
 
+    def take_states(self) -> torch.Tensor:
+        """The states [T, B, D], handed over: a graph that owns this solve must not be owned by it through them."""
+        ys, self.ys = self.ys, self.ys.new_empty(0)
+        del self._kept["ys"]
+        return ys
+
     def sizes(self) -> list[float]:
         """Sizes of the accepted steps that the samples share; known where a backward pass may come."""
         kept = self._kept.get("step_h")

@@ -52,9 +52,13 @@ DEVICE void note(const Problem& p, const Tile& tile, int accepted, int rejected,
     p.counts[2 * p.rows + tile.row] = evaluations;
 }
 
+// Looks whether a state at the end is finite, and keeps it for the backward pass.
 DEVICE void keep_end(const Problem& p, const Tile& tile, const T* y) {
-    if (!p.end_state || !tile.real) return;
-    EACH(d, WIDTH) p.end_state[tile.row * WIDTH + d] = y[AT(d)];
+    if (!tile.real) return;
+    EACH(d, WIDTH) {
+        if (!is_finite(y[AT(d)])) raise(p.status, NON_FINITE);
+        if (p.end_state) p.end_state[tile.row * WIDTH + d] = y[AT(d)];
+    }
 }
 
 // --- steps that are given -------------------------------------------------------------------------------------------
