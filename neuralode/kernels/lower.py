@@ -115,9 +115,10 @@ def _begin(writer: Writer, t: torch.Tensor, y: State) -> tuple[torch.Tensor, lis
     else:
         writer.lead = tuple(given[0].shape[:-1])
     writer.dtype = given[0].dtype
-    # they require a gradient, whether or not y and t do: later ones will, and what detaches them has to be seen
-    parts = [(p.detach().requires_grad_().view_as(p) if writer.grad else p.detach()) for p in given]
-    parts = [p.clone() if isinstance(y, torch.Tensor) and not p.is_contiguous() else p for p in parts]
+    # memory of their own, for that is how they are known: the field may hold what they were made of; and they require
+    # a gradient, whether or not y and t do: later ones will, and what detaches them has to be seen
+    parts = [p.detach().clone(memory_format=torch.contiguous_format) for p in given]
+    parts = [p.requires_grad_().view_as(p) for p in parts] if writer.grad else parts
     widths = [part.shape[-1] if part.dim() > (1 if isinstance(y, tuple) else 0) else 1 for part in parts]
     writer.width = sum(widths)
     start = 0
