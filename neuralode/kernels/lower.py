@@ -187,11 +187,22 @@ class _Recorder(TorchDispatchMode):
             if func is torch.ops.aten.t.default:
                 writer.transposed[key_of(out)] = args[0]
             return out
+        if handler is None and not constant:
+            out = self._decomposed(func, args, kwargs)
+            if out is not NotImplemented:
+                return out
         if handler is None or constant:
             raise NotLowered(f"{func} {_why_refused(func)}")
         if writer.grad and not torch.is_grad_enabled() and writer.touches(args, kwargs, or_gradients=True):
             raise NotLowered("part of it runs without gradients")
         return handler(writer, func, args, kwargs)
+
+    def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of an operation made of others, which come here one by one: inference mode shows it whole."""
+        if torch.is_inference_mode_enabled() and func._can_decompose():
+            with self:
+                return func.decompose(*args, **kwargs)
+        return NotImplemented
 
 
 def _is_refused(func: Any) -> bool:

@@ -163,3 +163,10 @@ def test_functions_are_as_accurate_as_the_precision_allows(kind: str, build: str
     # of PyTorch's own error, and of the rounding of a result
     bound = 4 * (theirs - exact).abs() + 6 * torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).tiny
     assert bool(((solve.ys[1].double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("way", [{"per_sample": True}, {"steps": 7, "tableau": tableaus.RK4}, {}], ids=str)
+def test_a_solve_that_is_looked_after_after_every_step(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its steps a solve lets Python see to its signals; it goes on from where it was."""
+    monkeypatch.setattr("neuralode.kernels.cpu._PATIENCE", 0.0)
+    compare(van_der_pol(70), 70, ts=torch.linspace(0, 2, 4).double(), **way)

@@ -159,10 +159,17 @@ inline void Solve::forward_tiles(int index) {
             break;
         }
         Tile& tile = state[w.next_tile];
-        prepare(w.scratch, w.tile);
-        std::swap(tile.y, w.tile.y), std::swap(tile.y1, w.tile.y1), std::swap(tile.k, w.tile.k);
-        begin(w, w.next_tile, tile);
-        p.grid ? through_grid(w, w.next_tile, tile) : through_rows(w, w.next_tile, tile);
+        if (!w.inside) {
+            prepare(w.scratch, w.tile);
+            std::swap(tile.y, w.tile.y), std::swap(tile.y1, w.tile.y1), std::swap(tile.k, w.tile.k);
+            begin(w, w.next_tile, tile);
+            w.inside = true, w.taken = 0, w.next = 1;
+        }
+        if (!(p.grid ? through_grid(w, w.next_tile, tile) : through_rows(w, w.next_tile, tile))) {
+            stop = true;
+            break;
+        }
+        w.inside = false;
         if (!failed && !finite(tile.y)) fail(NON_FINITE);
         if (failed) break;
         if (p.records) {  // the backward pass may want the last state
@@ -178,11 +185,13 @@ inline void Solve::forward_tiles(int index) {
     if (index == 0) paused = stop && !failed;
 }
 
-inline void Solve::through_grid(Worker& w, int64_t index, Tile& tile) {
+// Both give false where time is up, and go on from there when they are called again.
+inline bool Solve::through_grid(Worker& w, int64_t index, Tile& tile) {
     Steps steps;
     int32_t next[TILE], last[TILE];
-    std::fill_n(next, TILE, 1);
-    for (int64_t n = 0; n + 1 < p.grid_count; n++) {
+    for (int64_t n = w.taken; n + 1 < p.grid_count; n++) {
+        if (n > w.taken && now() > deadline) return w.taken = n, false;
+        std::fill_n(next, TILE, w.next);
         const double t = p.grid[n], h = p.grid[n + 1] - t, end = t + h;
         const double rounding = 1e-12 * std::max(std::fabs(end), std::fabs(h));
         int32_t to = next[0];
@@ -191,35 +200,42 @@ inline void Solve::through_grid(Worker& w, int64_t index, Tile& tile) {
         steps.set(t, h);
         attempt(w, index, tile, steps);
         commit(w, index, tile, steps, next, last, ~0u, n + 2 == p.grid_count);
-        std::fill_n(next, TILE, to);
+        w.next = to;
     }
+    return true;
 }
 
-inline void Solve::through_rows(Worker& w, int64_t index, Tile& tile) {
+inline void Solve::begin_rows(Worker& w, int64_t index, Tile& tile) {
     tile.progress.assign(TILE, Progress{});
     Progress* rows = tile.progress.data();
-    Steps steps;
     for (int l = 0; l < TILE; l++) {
         rows[l].t = times(index, l)[0], rows[l].end = times(index, l)[p.times - 1];
         rows[l].size = p.limits.first_step;
         rows[l].done = l >= valid(index);
     }
     if (!p.limits.first_step) first_steps(w, index, tile);
+}
+
+inline bool Solve::through_rows(Worker& w, int64_t index, Tile& tile) {
+    if (!w.taken) begin_rows(w, index, tile);
+    Progress* rows = tile.progress.data();
+    Steps steps;
     T sums[MOST_GROUPS][TILE];
     double each[MOST_GROUPS];
-    for (int64_t tried = 0;; tried++) {
+    for (int64_t tried = w.taken;; tried++) {
+        if (tried > w.taken && now() > deadline) return w.taken = tried, false;
         bool done = true;
         for (int l = 0; l < TILE; l++) done &= rows[l].done;
-        if (done) return;
+        if (done) return true;
         for (int l = 0; l < TILE; l++) {
             Progress& r = rows[l];
             const double rest = std::fabs(r.end - r.t), side = r.end > times(index, l)[0] ? 1 : -1;
             steps.t[l] = r.t;
             steps.h[l] = r.done ? 0 : side * std::min(r.size, rest);
             if (r.done) continue;
-            if (tried >= p.limits.max_steps) return fail(MAX_STEPS);
+            if (tried >= p.limits.max_steps) return fail(MAX_STEPS), true;
             if (r.t + steps.h[l] == r.t || !std::isfinite(steps.h[l]))
-                return fail(STEP_UNDERFLOW);
+                return fail(STEP_UNDERFLOW), true;
         }
         steps.spread();
         attempt(w, index, tile, steps);
@@ -237,7 +253,7 @@ inline void Solve::through_rows(Worker& w, int64_t index, Tile& tile) {
             if (!r.accepts(p.limits, m.error_order, ratio)) {
                 rejected |= 1u << l;
                 if (!std::isfinite(ratio) && lost(tile, l, r, steps.h[l], index))
-                    return fail(NON_FINITE);
+                    return fail(NON_FINITE), true;
                 continue;
             }
             moved |= 1u << l;

@@ -62,6 +62,9 @@ struct Worker {
     Vec* spare = nullptr;
     Tile tile;             // state and slopes of tiles that go through the whole solve at once
     int next_tile = -1;
+    bool inside = false;   // whether the pass was paused within that tile
+    int64_t taken = 0;     // steps of it, tried or of the grid
+    int32_t next = 1;      // and the output time that comes next on the grid
     // for the backward pass:
     int next_back = -1;
     Vec* adjoints = nullptr;
@@ -159,8 +162,9 @@ class Solve : public Solver {
 
     // the forward pass of tiles that have steps of their own, or given ones
     void forward_tiles(int index);
-    void through_grid(Worker& w, int64_t index, Tile& tile);
-    void through_rows(Worker& w, int64_t index, Tile& tile);
+    bool through_grid(Worker& w, int64_t index, Tile& tile);
+    void begin_rows(Worker& w, int64_t index, Tile& tile);
+    bool through_rows(Worker& w, int64_t index, Tile& tile);
     void commit_rows(Worker& w, int64_t index, Tile& tile, const Steps& steps, const int32_t* first,
                      const int32_t* last, uint32_t moved, uint32_t sound);
     bool row_finite(const Tile& tile, int l) const;
