@@ -45,8 +45,9 @@ inline void Solve::backward_tiles(int index) {
         w.times.assign(p.times_move && !p.times_per_sample ? p.times : 0, 0.0);
     }
     const int64_t end = first_tile(index + 1);
+    const int start = w.next_back;
     for (; w.next_back < end; w.next_back++) {
-        if (now() > deadline) {
+        if (w.next_back > start && now() > deadline) {
             stop = true;
             break;
         }

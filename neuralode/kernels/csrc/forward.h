@@ -153,8 +153,9 @@ inline void Solve::forward_tiles(int index) {
     prepare(w);
     const int64_t end = first_tile(index + 1);
     if (w.next_tile < 0) w.next_tile = (int)first_tile(index);
+    const int start = w.next_tile;  // every call gets somewhere
     for (; w.next_tile < end && !failed; w.next_tile++) {
-        if (now() > deadline) {
+        if (w.next_tile > start && now() > deadline) {
             stop = true;
             break;
         }
