@@ -53,14 +53,14 @@ def lower(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any,
     Raises:
         NotLowered: where the field is no program; it is left as if it had not been called.
     """
-    if isinstance(field, torch.jit.ScriptFunction) or hasattr(field, "_torchdynamo_orig_callable"):
-        raise NotLowered("it is compiled")
     if torch.is_autocast_enabled((y[0] if isinstance(y, tuple) else y).device.type):
         raise NotLowered("autocast is on")
     when = None if args else circumstances(t, y)
     known = None if args else recall(field, when)
     if known:
         return Lowered(known.program, known.tensors(), None, known.count)
+    if isinstance(field, torch.jit.ScriptFunction) or hasattr(field, "_torchdynamo_orig_callable"):
+        raise NotLowered("it is compiled")
     watch = Watch(field)
     if reason := watch.obstacle():
         raise NotLowered(reason)
