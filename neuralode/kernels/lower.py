@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuralode.kernels.operations import HANDLERS, MAKERS
 from neuralode.kernels.program import STATE, TIME, Program
-from neuralode.kernels.recall import circumstances, recall, remember
+from neuralode.kernels.recall import circumstances, recall, remember, remember_refusal
 from neuralode.kernels.values import Made, NotLowered, Row, Writer, key_of
 from neuralode.kernels.watch import Watch
 
@@ -57,7 +57,9 @@ def lower(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any,
         raise NotLowered("autocast is on")
     when = None if args else circumstances(t, y)
     known = None if args else recall(field, when)
-    if known:
+    if known and known.refusal:
+        raise NotLowered(known.refusal)
+    if known and known.program:
         return Lowered(known.program, known.tensors(), None, known.count)
     if isinstance(field, torch.jit.ScriptFunction) or hasattr(field, "_torchdynamo_orig_callable"):
         raise NotLowered("it is compiled")
@@ -66,12 +68,17 @@ def lower(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any,
         raise NotLowered(reason)
     writer = Writer(torch.is_grad_enabled())
     try:
-        lowered = _evaluate(field, t, y, args, watch, writer)
-    except NotLowered:
-        if not writer.guessed:
-            raise
-        writer = Writer(torch.is_grad_enabled(), guess="features")
-        lowered = _evaluate(field, t, y, args, watch, writer)
+        try:
+            lowered = _evaluate(field, t, y, args, watch, writer)
+        except NotLowered:
+            if not writer.guessed:
+                raise
+            writer = Writer(torch.is_grad_enabled(), guess="features")
+            lowered = _evaluate(field, t, y, args, watch, writer)
+    except NotLowered as why:
+        if when is not None:
+            remember_refusal(field, when, watch, str(why))
+        raise
     if when is not None:
         remember(field, when, watch, writer, lowered.program)
     return lowered

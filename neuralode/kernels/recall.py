@@ -34,21 +34,31 @@ def circumstances(t: torch.Tensor, y: torch.Tensor | tuple[torch.Tensor, ...]) -
     parts = y if isinstance(y, tuple) else (y,)
     shapes = tuple((x.shape, x.dtype, x.device, x.is_contiguous()) for x in parts)
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
-    return isinstance(y, tuple), shapes, t.shape, t.dtype, modes
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return isinstance(y, tuple), shapes, t.shape, t.dtype, modes, hooked
 
 
 def remember(field: Callable[..., Any], when: Any, watch: Watch, writer: Writer, program: Program) -> None:
     """Keeps a program for the next solve, if all its tensors can be found again."""
     made = None if watch.draws else _needed(watch.held(), writer)
-    if made is None:
-        return
+    if made is not None:
+        _keep(field, when, Remembered(watch, writer, program, made))
+
+
+def remember_refusal(field: Callable[..., Any], when: Any, watch: Watch, reason: str) -> None:
+    """Keeps why a field is no program, so that the next solve need not try."""
+    if not watch.draws:
+        _keep(field, when, Remembered(watch, None, None, [], reason))
+
+
+def _keep(field: Callable[..., Any], when: Any, known: Remembered) -> None:
     try:
         found = _remembered.setdefault(field, {})
     except TypeError:  # it cannot be referred to weakly
         return
     if len(found) >= _MOST:
         found.clear()
-    found[when] = Remembered(watch, writer, program, made)
+    found[when] = known
 
 
 def recall(field: Callable[..., Any], when: Any) -> Remembered | None:
@@ -95,13 +105,16 @@ def _flat(x: Any) -> list[torch.Tensor]:
 class Remembered:
     """A program, how to find its tensors, and what has to be as it was."""
 
-    def __init__(self, watch: Watch, writer: Writer, program: Program, made: list[Made]):
-        self.program, self.uses, self._made = program, 0, made
+    def __init__(self, watch: Watch, writer: Writer | None, program: Program | None, made: list[Made],
+                 refusal: str = ""):  # fmt: skip
+        self.program, self.uses, self.refusal, self._made = program, 0, refusal, made
+        sources, tensors = (writer.sources, writer.tensors) if writer else ([], [])
+        transposed = writer.to_transpose if writer else []
         self.counters = [(counter.place, counter.name) for counter in watch.counters]
-        self._sources = [_Source(x, i in writer.to_transpose, wanted.shape)
-                         for i, (x, wanted) in enumerate(zip(writer.sources, writer.tensors, strict=True))]  # fmt: skip
+        self._sources = [_Source(x, i in transposed, wanted.shape)
+                         for i, (x, wanted) in enumerate(zip(sources, tensors, strict=True))]  # fmt: skip
         self._leaves = [_Leaf(x, x.shape, x.dtype, x.requires_grad) for x in
-                        (*writer.sources, *(x for step in made for x in _tensors(step)))]  # fmt: skip
+                        (*sources, *(x for step in made for x in _tensors(step)))]  # fmt: skip
         self._modules = [_ModuleState(module) for module in watch.modules]
         counted = {(id(place), name) for place, name in self.counters}
         for place, name in self.counters:

@@ -188,6 +188,24 @@ def test_what_comes_from_elsewhere_is_not_kept() -> None:
     assert not known(again(field))
 
 
+def test_a_refusal_is_remembered_until_the_field_changes() -> None:
+    class Mixing(nn.Module):
+        mixes = True
+
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return y - y.mean(0) if self.mixes else -y
+
+    field, y = Mixing(), torch.randn(4, 3)
+    reasons = []
+    for _ in range(2):
+        with pytest.raises(NotLowered) as refused:
+            lower(field, T0, y, ())
+        reasons.append(str(refused.value))
+    assert reasons[0] == reasons[1]
+    field.mixes = False
+    assert not known(again(field))
+
+
 def test_it_is_written_anew_from_time_to_time() -> None:
     field = Net()
     assert [known(again(field)) for _ in range(_USES + 2)].count(False) == 2
