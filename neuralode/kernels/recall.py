@@ -58,6 +58,7 @@ def _keep(field: Callable[..., Any], when: Any, known: Remembered) -> None:
         return
     if len(found) >= _MOST:
         found.clear()
+    known.field = weakref.ref(field)
     found[when] = known
 
 
@@ -71,9 +72,9 @@ def recall(field: Callable[..., Any], when: Any) -> Remembered | None:
     if found is None or known is None:
         return None
     known.uses += 1
-    if known.uses < _USES and known.holds():
+    if known.uses < _USES and known.field() is field and known.holds():  # not one that is merely equal
         return known
-    del found[when]
+    found.pop(when, None)
     return None
 
 
@@ -108,6 +109,7 @@ class Remembered:
     def __init__(self, watch: Watch, writer: Writer | None, program: Program | None, made: list[Made],
                  refusal: str = ""):  # fmt: skip
         self.program, self.uses, self.refusal, self._made = program, 0, refusal, made
+        self.field: Callable[[], Any] = lambda: None
         sources, tensors = (writer.sources, writer.tensors) if writer else ([], [])
         transposed = writer.to_transpose if writer else []
         self.counters = [(counter.place, counter.name) for counter in watch.counters]
