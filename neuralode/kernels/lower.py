@@ -75,6 +75,8 @@ def lower(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any,
                 raise
             writer = Writer(torch.is_grad_enabled(), guess="features")
             lowered = _evaluate(field, t, y, args, watch, writer)
+        if watch.counters:
+            _check_counters(field, t, y, args, watch, lowered, writer.guess)
     except NotLowered as why:
         if when is not None:
             remember_refusal(field, when, watch, str(why))
@@ -108,6 +110,21 @@ def _evaluate(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[
             counter.add(more)
 
     return Lowered(_programs.setdefault(program, program), writer.tensors, dy, count)
+
+
+def _check_counters(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any, ...], watch: Watch,
+                    lowered: Lowered, guess: str) -> None:  # fmt: skip
+    """Evaluates again, to see that the field counts on and makes no use of its counts."""
+    later = Watch(field)
+    try:
+        again = _evaluate(field, t, y, args, later, Writer(torch.is_grad_enabled(), guess=guess))
+        again.count(-1)  # this evaluation was none of the solve's
+        same = len(later.counters) == len(watch.counters) and again.program == lowered.program
+        if not (same and all(map(torch.equal, again.tensors, lowered.tensors))):
+            raise NotLowered("it makes use of a number that its calls change")
+    except NotLowered:
+        watch.restore()
+        raise
 
 
 def _begin(writer: Writer, t: torch.Tensor, y: State) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -219,3 +219,34 @@ def test_a_field_that_is_gone_is_forgotten() -> None:
     gc.collect()
     assert gone() is None
     assert parameter() is None
+
+
+@pytest.mark.parametrize("use", [lambda f, y: y * f.nfe, lambda f, y: y * torch.tensor(float(f.nfe))])
+def test_a_count_that_is_made_use_of_is_no_counter(use: Any) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nfe = 3
+
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            self.nfe += 1
+            return use(self, y)
+
+    field = Counting()
+    with pytest.raises(NotLowered, match="calls change"):
+        lower(field, T0, torch.randn(4, 3), ())
+    assert field.nfe == 3
+
+
+def test_a_flag_is_no_counter() -> None:
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.begun = 0
+
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            self.begun = 1
+            return -y
+
+    with pytest.raises(NotLowered):
+        lower(Once(), T0, torch.randn(4, 3), ())
