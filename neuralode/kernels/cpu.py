@@ -5,102 +5,41 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from neuralode.kernels.library import Library, Runtime, runtime
-from neuralode.kernels.plan import Line, Plan, make_plan
+from neuralode.kernels.plan import Plan, make_plan
 from neuralode.kernels.program import Program
+from neuralode.kernels.task import BETWEEN, Int, Limits, Long, MethodData, Pointer, Report, Task
 
-SUCCESS, NON_FINITE, STEP_UNDERFLOW, MAX_STEPS, MISMATCH = range(5)
-"""How a solve ended."""
 _PATIENCE = 0.2
 """Seconds between two looks at whether to stop (Ctrl-C)."""
-
-_int, _long, _double, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
 class _Method(ctypes.Structure):
     _fields_ = [
-        *((name, _int) for name in (
+        *((name, Int) for name in (
             "stages", "first_same_as_last", "order", "error_order", "adaptive", "lands", "between", "degree")),
-        *((name, _pointer) for name in ("c", "a", "b", "error", "error_low", "interpolant")),
-    ]  # fmt: skip
-
-
-class _Limits(ctypes.Structure):
-    _fields_ = [
-        *((name, _double) for name in (
-            "rtol", "atol", "integral", "proportional", "derivative", "safety", "min_factor", "max_factor",
-            "first_step")),
-        ("max_steps", _long), ("max_steps_between", _long),
+        *((name, Pointer) for name in ("c", "a", "b", "error", "error_low", "interpolant")),
     ]  # fmt: skip
 
 
 class _Problem(ctypes.Structure):
     _fields_ = [
-        ("rows", _long),
-        *((name, _int) for name in (
+        ("rows", Long),
+        *((name, Int) for name in (
             "width", "slot", "output", "time", "operation_count", "cleared_count", "tensor_count", "groups")),
-        *((name, _pointer) for name in (
+        *((name, Pointer) for name in (
             "operations", "constants", "cleared", "group", "tensors", "tensor_shapes", "tensor_gradients")),
-        ("method", _Method), ("limits", _Limits),
-        *((name, _int) for name in (
+        ("method", _Method), ("limits", Limits),
+        *((name, Int) for name in (
             "per_sample", "times", "times_per_sample", "records", "times_move", "threads")),
-        ("ts", _pointer), ("grid", _pointer), ("grid_count", _long), ("budget", _long),
+        ("ts", Pointer), ("grid", Pointer), ("grid_count", Long), ("budget", Long),
         ("runtime", Runtime),
-        *((name, _pointer) for name in ("y0", "slope", "ys")),
+        *((name, Pointer) for name in ("y0", "slope", "ys")),
     ]  # fmt: skip
-
-
-class Report(ctypes.Structure):
-    """What a solve cost, and where it stopped."""
-
-    _fields_ = [
-        ("status", _int),
-        *((name, _long) for name in ("accepted", "rejected", "evaluations", "products", "kept_bytes", "steps")),
-    ]
-
-
-BETWEEN = ("hermite", "line", "polynomial")
-
-
-@dataclass(frozen=True)
-class MethodData:
-    """An explicit Runge-Kutta method with error control or without, as data."""
-
-    c: tuple[float, ...]
-    a: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-    error: tuple[float, ...]
-    error_low: tuple[float, ...]
-    interpolant: tuple[tuple[float, ...], ...]
-    order: int
-    error_order: int
-    fsal: bool
-    lands: bool
-    """Whether a step ends at every output time."""
-    between: str
-    """How output times within a step are read: one of BETWEEN."""
-
-
-@dataclass(frozen=True)
-class LimitsData:
-    """Tolerances, controller and limits of a solve; `first_step` is 0 to choose one."""
-
-    rtol: float
-    atol: float
-    integral: float
-    proportional: float
-    derivative: float
-    safety: float
-    min_factor: float
-    max_factor: float
-    first_step: float
-    max_steps: int
-    max_steps_between: int
 
 
 @functools.lru_cache(maxsize=64)
@@ -140,37 +79,6 @@ def _ints(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
     return (ctypes.c_int32 * max(1, len(values)))(*values)
 
 
-@dataclass
-class Task:
-    """A solve that the kernels are to do.
-
-    Args:
-        y0: rows of the state, [B, D], contiguous.
-        tensors: those of the program, contiguous and of the state's type.
-        groups: for each feature, the part of the state by which its error counts.
-        ts: output times in double precision, [T] or [B, T], contiguous.
-        grid: ends of the steps of a fixed-step solve.
-        slope: what the field itself says at the start, [B, D], to be compared with the program.
-        records: whether a backward pass will come.
-        budget: bytes that may be kept for it; what does not fit is evaluated again.
-    """
-
-    program: Program
-    tensors: list[torch.Tensor]
-    y0: torch.Tensor
-    ts: torch.Tensor
-    method: MethodData
-    limits: LimitsData
-    groups: tuple[int, ...]
-    grid: Sequence[float] | None = None
-    per_sample: bool = False
-    slope: torch.Tensor | None = None
-    records: bool = False
-    wants_gradient: tuple[bool, ...] = ()
-    times_move: bool = False
-    budget: int = 0
-
-
 class CPUSolve(ctypes.Structure):
     """One solve under way, or done and kept for its backward passes. What the kernels hold is freed with it.
 
@@ -199,7 +107,7 @@ class CPUSolve(ctypes.Structure):
             rows, width, plan.slot, plan.output, plan.time, len(plan.lines), len(plan.cleared) // 2,
             len(self.tensors), max(task.groups) + 1, address(plan.lines), address(plan.constants),
             address(plan.cleared), address(groups), address(pointers), address(shapes), address(gradients), method,
-            _Limits(*vars(task.limits).values()), task.per_sample, task.ts.shape[-1], task.ts.dim() == 2,
+            Limits(*vars(task.limits).values()), task.per_sample, task.ts.shape[-1], task.ts.dim() == 2,
             task.records, task.times_move, torch.get_num_threads(), task.ts.data_ptr(),
             None if grid is None else address(grid), 0 if grid is None else len(grid), task.budget, runtime(),
             task.y0.data_ptr(), None if task.slope is None else task.slope.data_ptr(), self.ys.data_ptr(),
@@ -277,6 +185,3 @@ def _shape(program: Program, index: int) -> tuple[int, int]:
     if is_weight:
         return shape[0], shape[1]
     return int(torch.Size(shape).numel()), 0
-
-
-__all__ = ["BETWEEN", "CPUSolve", "LimitsData", "Line", "MethodData", "Report", "Task"]

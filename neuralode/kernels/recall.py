@@ -17,14 +17,13 @@ from torch import nn
 
 from neuralode.kernels.program import Program
 from neuralode.kernels.values import Made, Writer
-from neuralode.kernels.watch import Place, Watch
+from neuralode.kernels.watch import Place, Watch, has_hooks, hooks_everywhere
 
 _USES = 64
 """Solves after which a program is written anew."""
 _MOST = 16
 """Programs of one field, for states of different shapes."""
 _HELD = ("_parameters", "_buffers", "_modules")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _remembered: weakref.WeakKeyDictionary[Any, dict[Any, Remembered]] = weakref.WeakKeyDictionary()
 
@@ -112,17 +111,17 @@ class Remembered:
         self.field: Callable[[], Any] = lambda: None
         sources, tensors = (writer.sources, writer.tensors) if writer else ([], [])
         transposed = writer.to_transpose if writer else []
-        self.counters = [(counter.place, counter.name) for counter in watch.counters]
+        self.counters = list(watch.counters)
         self._sources = [_Source(x, i in transposed, wanted.shape)
                          for i, (x, wanted) in enumerate(zip(sources, tensors, strict=True))]  # fmt: skip
         self._leaves = [_Leaf(x, x.shape, x.dtype, x.requires_grad) for x in
                         (*sources, *(x for step in made for x in _tensors(step)))]  # fmt: skip
         self._modules = [_ModuleState(module) for module in watch.modules]
-        counted = {(id(place), name) for place, name in self.counters}
-        for place, name in self.counters:
+        counted = {(id(counter.place), counter.name) for counter in self.counters}
+        for counter in self.counters:
             for state in self._modules:
-                if place.is_of(state.module()):
-                    state.leave_out(name)
+                if counter.place.is_of(state.module()):
+                    state.leave_out(counter.name)
         self._places = [
             (place, {name: x for name, x in place.before.items() if (id(place), name) not in counted})
             for place in watch.places if not any(place.is_of(module) for module in watch.modules)
@@ -130,11 +129,9 @@ class Remembered:
 
     def holds(self) -> bool:
         """Whether the field is as it was."""
-        everywhere = nn.modules.module
-        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-            return False
         return (
-            all(state.holds() for state in self._modules)
+            not hooks_everywhere()
+            and all(state.holds() for state in self._modules)
             and all(_unchanged(place, before) for place, before in self._places)
             and all(leaf.holds() for leaf in self._leaves)
         )
@@ -153,8 +150,8 @@ class Remembered:
 
     def count(self, evaluations: int) -> None:
         """Advances the field's own counters."""
-        for place, name in self.counters:
-            place.write(name, place.read(name) + evaluations)
+        for counter in self.counters:
+            counter.add(evaluations)
 
 
 class _Source(NamedTuple):
@@ -200,7 +197,7 @@ class _ModuleState:
         if module is None:
             return False
         own = module.__dict__
-        if len(own) != len(self.values) or any(own[name] for name in _HOOKS):
+        if len(own) != len(self.values) or has_hooks(module):
             return False
         if not self.counts:
             same = all(map(is_, own.values(), self.values))

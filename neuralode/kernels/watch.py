@@ -38,7 +38,7 @@ class Watch:
         self._random: Any = None
         """Where the generators of Python and NumPy stand, if a function names them."""
         self._enter(field)
-        self.counters: list[_Counter] = []
+        self.counters: list[Counter] = []
 
     @property
     def draws(self) -> bool:
@@ -52,20 +52,10 @@ class Watch:
 
     def obstacle(self) -> str:
         """Why the field should not be called for its program at all; empty if it may be."""
-        everywhere = nn.modules.module
-        if (
-            everywhere._global_forward_hooks
-            or everywhere._global_forward_pre_hooks
-            or everywhere._global_backward_hooks
-        ):
+        if hooks_everywhere():
             return "there are hooks on all modules"
         for module in self.modules:
-            if (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-            ):
+            if has_hooks(module):
                 return f"{type(module).__name__} has hooks"
             if isinstance(module, torch.jit.ScriptModule):
                 return f"{type(module).__name__} is a TorchScript module"
@@ -81,7 +71,7 @@ class Watch:
                 if now is not before:
                     if not (place.counts and _rose_by_one(before, now)):
                         return place.describe(name)
-                    self.counters.append(_Counter(place, name))
+                    self.counters.append(Counter(place, name))
             if (added := place.added()) is not None:
                 return place.describe(added)
         if self._random is not None and repr(self._random) != repr(_generators()):
@@ -138,6 +128,20 @@ class Watch:
         self.places.append(place)
         for value in place.before.values():
             self._enter(value, depth + 1)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks of its own."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
+
+
+def hooks_everywhere() -> bool:
+    """Whether a call of any module runs hooks."""
+    shared = nn.modules.module
+    return bool(shared._global_forward_hooks or shared._global_forward_pre_hooks or shared._global_backward_hooks)
 
 
 _MISSING = object()
@@ -318,7 +322,7 @@ class _Entries(Place):
             self.container.popitem() if isinstance(self.container, dict) else self.container.pop()
 
 
-class _Counter:
+class Counter:
     """A number that counts evaluations."""
 
     def __init__(self, place: Place, name: Any):

@@ -12,6 +12,7 @@ from neuralode.nn.fields import MLPField
 
 TRACES = ("exact", "hutchinson")
 
+Along = Callable[[torch.Tensor], torch.Tensor]
 Slope = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -72,8 +73,8 @@ class DensityField(nn.Module):
         if self.trace == "hutchinson":
             if self.noise is None or self.noise.shape != y.shape:
                 raise UsageError(f"no noise was drawn for a state {tuple(y.shape)}; call draw(y) before the solve.")
-            dy, product = _jvp(self.field, t, y, self.noise)
-            return dy, -(product * self.noise).sum(-1)
+            dy, along = _derivative(self.field, t, y)
+            return dy, -(along(self.noise) * self.noise).sum(-1)
         dy, divergence = _exact(self.field, t, y)
         return dy, -divergence
 
@@ -90,34 +91,37 @@ def _exact(field: nn.Module, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Te
         first, middle, last = layers.weights
         dy, (inner, outer) = layers.run(t, y)
         return dy, ((inner @ (middle * (first @ last).t()).t()) * outer).sum(-1)
-    dy, total = y, torch.zeros_like(y[:, 0])
+    dy, along = _derivative(field, t, y)
+    total = torch.zeros_like(y[:, 0])
     for i in range(y.shape[-1]):
         direction = torch.zeros_like(y)
         direction[:, i] = 1.0
-        dy, product = _jvp(field, t, y, direction)
-        total = total + product[:, i]
+        total = total + along(direction)[:, i]
     return dy, total
 
 
-def _jvp(field: nn.Module, t: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """f(t, y) and its directional derivative along v."""
+def _derivative(field: nn.Module, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, Along]:
+    """f(t, y), and the function that gives its derivative along a direction [B, D]."""
     layers = _layers(field)
     if layers is None:
-        dy, product = torch.func.jvp(lambda y: field(t, y), (y,), (v,))  # type: ignore[misc]
-        return dy, product
-    if layers.power != 1:
-        v = v * layers.power * y ** (layers.power - 1)
+        return field(t, y), lambda v: torch.func.jvp(lambda y: field(t, y), (y,), (v,))[1]
     dy, slopes = layers.run(t, y)
-    for weight, slope in zip(layers.weights, slopes, strict=False):
-        v = (v @ weight.t()) * slope
-    return dy, v @ layers.weights[-1].t()
+
+    def through_layers(v: torch.Tensor) -> torch.Tensor:
+        if layers.power != 1:
+            v = v * layers.power * y ** (layers.power - 1)
+        for weight, slope in zip(layers.weights, slopes, strict=False):
+            v = (v @ weight.t()) * slope
+        return v @ layers.weights[-1].t()
+
+    return dy, through_layers
 
 
 class _Layers:
     """An MLPField taken apart."""
 
     def __init__(self, field: MLPField):
-        self.net, self.time, self.power = field.net, field.time, field.power
+        self.net, self.power = field.net, field.power
         linear = [layer for layer in field.net if isinstance(layer, nn.Linear)]
         features = linear[-1].out_features
         self.weights = [linear[0].weight[:, :features], *(layer.weight for layer in linear[1:])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -12,28 +13,25 @@ import torch
 from torch.autograd import forward_ad
 
 from neuralode.errors import UsageError
-from neuralode.kernels.cpu import SUCCESS, CPUSolve, LimitsData, MethodData, Task
+from neuralode.kernels.cpu import CPUSolve
 from neuralode.kernels.cuda.compiler import CompileError
 from neuralode.kernels.cuda.driver import GPU
 from neuralode.kernels.cuda.solve import CUDASolve
 from neuralode.kernels.library import library, why_not
 from neuralode.kernels.lower import Lowered, NotLowered, lower
+from neuralode.kernels.task import SUCCESS, LimitsData, MethodData, Task
 from neuralode.ode.clock import Clock, host_values
 from neuralode.ode.explicit import RungeKutta, moment
 from neuralode.ode.methods import METHODS
 from neuralode.ode.observed_field import Field, tensors
 from neuralode.ode.packing import Packing
 from neuralode.ode.rows import check_rows
-from neuralode.ode.setup import fixed_grid, settings_of
+from neuralode.ode.setup import OPTIONS, fixed_grid, settings_of
 from neuralode.ode.solution import State, Stats
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import CountedField, Integration, Settings
 from neuralode.ode.tolerance import in_transform
 
-_OPTIONS = {
-    "first_step", "max_num_steps", "safety", "ifactor", "dfactor", "step_size", "grid_constructor", "steps_per_sync",
-    "interp",
-}  # fmt: skip
 _WIDEST = 1024
 """Features of a state up to which a tile of it stays in the caches."""
 _NO_LIMIT = 2**62
@@ -52,14 +50,13 @@ class NotFused(Exception):
 def unable(config: SolverConfig, by_sample: bool = False, outputs: int = 2) -> str:
     """Why the kernels cannot serve solves of this kind, whatever the field; empty if they can."""
     method = METHODS.get(config.method)
-    foreign = set(config.options) - _OPTIONS
     if not isinstance(method, RungeKutta):
         return f"{config.method!r} is no explicit Runge-Kutta method"
     if config.gradient == "adjoint" and torch.is_grad_enabled():
         return "the continuous adjoint is the stepper's"
     if config.estimates:
         return "the stepper sums up the estimates"
-    if foreign:
+    if foreign := set(config.options) - (OPTIONS - {"norm"}) - method.options:
         return f"the kernels do not know the option {sorted(foreign)[0]!r}"
     if isinstance(config.checkpoint, int):
         return "a number of states to keep is for the stepper"
@@ -143,7 +140,7 @@ class _Solve:
             raise NotFused("it takes more steps than max_steps", failed=True)
         if method.tableau.dense_c and ts.shape[-1] > 2 and not lands:
             raise NotFused(f"{config.method!r} needs further stages between its steps")
-        self.method = _method_data(method.tableau, method.linear, lands)
+        self.method = method_data(method.tableau, method.linear, lands)
         wanted = torch.is_grad_enabled()
         self.inputs = [self.rows, ts, *lowered.tensors]
         self.records = wanted and any(x.requires_grad for x in self.inputs)
@@ -189,7 +186,7 @@ class _Solve:
         stats.engine, stats.reason = "fused", stats.reason or "the kernels know the field as a program"
         stats.nfe, stats.accepted, stats.rejected = report.evaluations, report.accepted, report.rejected
         if self.task.grid is not None:
-            stats.step_sizes = [abs(b - a) for a, b in zip(self.task.grid, self.task.grid[1:], strict=False)]
+            stats.step_sizes = [abs(b - a) for a, b in itertools.pairwise(self.task.grid)]
         elif self.by_sample:
             accepted, tried = self.kernel.counts()
             stats.accepted_per_sample, stats.rejected_per_sample = accepted, tried - accepted
@@ -269,7 +266,8 @@ def _ends(times: list[float], sizes: list[float]) -> list[float]:
 
 
 @functools.lru_cache(maxsize=64)
-def _method_data(tableau: Any, linear: bool, lands: bool) -> MethodData:
+def method_data(tableau: Any, linear: bool = False, lands: bool = False) -> MethodData:
+    """The method of a tableau, as the kernels read it."""
     between = "line" if linear else "polynomial" if tableau.interpolant else "hermite"
     return MethodData(
         tableau.c, tableau.a, tableau.b, tableau.error, tableau.error_low, tableau.interpolant, tableau.order,

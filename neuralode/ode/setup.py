@@ -21,7 +21,7 @@ from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import CountedField, Integration, Settings
 from neuralode.ode.tolerance import Tolerance, in_transform, largest_rms, rms
 
-_OPTIONS = {
+OPTIONS = {
     "first_step",
     "max_num_steps",
     "safety",
@@ -46,7 +46,7 @@ def unable(config: SolverConfig, by_sample: bool = False, outputs: int = 2, even
     """
     if config.method not in METHODS:
         return f"the stepper has no method {config.method!r}"
-    foreign = set(config.options) - _OPTIONS - METHODS[config.method].options
+    foreign = set(config.options) - OPTIONS - METHODS[config.method].options
     if events and config.gradient == "adjoint":
         return "the adjoint does not pass through events; use gradient='exact'"
     if events and config.checkpoint not in ("auto", "never"):

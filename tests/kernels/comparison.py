@@ -8,10 +8,12 @@ import torch
 
 import neuralode
 from neuralode.kernels import library as builds
-from neuralode.kernels.cpu import SUCCESS, CPUSolve, LimitsData, MethodData, Task
+from neuralode.kernels.cpu import CPUSolve
 from neuralode.kernels.cuda.solve import CUDASolve, Machine
 from neuralode.kernels.library import Library
+from neuralode.kernels.task import SUCCESS, LimitsData, Task
 from neuralode.ode import tableaus, tableaus_order8
+from neuralode.ode.fused_engine import method_data
 from neuralode.ode.tableaus import Tableau
 from tests.kernels.programs import Case
 
@@ -28,13 +30,6 @@ def loaded(name: str) -> Library:
     functions = builds.load(builds.path_of(name))
     assert functions is not None
     return Library(name, builds.path_of(name), functions)
-
-
-def method_data(tableau: Tableau, lands: bool = False) -> MethodData:
-    return MethodData(
-        tableau.c, tableau.a, tableau.b, tableau.error, tableau.error_low, tableau.interpolant, tableau.order,
-        tableau.error_order, tableau.fsal, lands, "polynomial" if tableau.interpolant else "hermite",
-    )  # fmt: skip
 
 
 def limits(rtol: float, atol: float, **changes: Any) -> LimitsData:
@@ -69,7 +64,7 @@ def compare(
     grid = [first + i * (end - first) / steps for i in range(steps)] + [end] if steps else None
     interpolates = tableau.interpolant_order >= tableau.order - 1
     task = Task(
-        program, tensors, y0.detach(), ts.detach(), method_data(tableau, not interpolates and not per_sample),
+        program, tensors, y0.detach(), ts.detach(), method_data(tableau, lands=not interpolates and not per_sample),
         limits(rtol, rtol / 10), (0,) * program.width, grid, per_sample, None, True, (True,) * len(tensors),
         gradient_of_ts, budget,
     )  # fmt: skip

@@ -22,8 +22,8 @@ from torch import nn
 from neuralode.kernels.cuda.compiler import HEADERS
 from neuralode.kernels.cuda.source import STEPS, Variant, write_source
 from neuralode.kernels.lower import lower
+from neuralode.ode.fused_engine import method_data
 from neuralode.ode.tableaus import DOPRI5
-from tests.kernels.comparison import method_data
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 _SHARED_LIMITS = {"mlp 2-64-64-2": 163 * 1024, "mlp 64-256-256-64": 163 * 1024, "lorenz": 99 * 1024}

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from neuralode.kernels import library as builds
-from neuralode.kernels.cpu import MISMATCH, SUCCESS, CPUSolve, Task
+from neuralode.kernels.cpu import CPUSolve
 from neuralode.kernels.program import UNARY
+from neuralode.kernels.task import MISMATCH, SUCCESS, Task
 from neuralode.ode import tableaus
+from neuralode.ode.fused_engine import method_data
 from neuralode.ode.tableaus import Tableau
-from tests.kernels.comparison import BUILDS, TABLEAUS, compare, limits, loaded, method_data
+from tests.kernels.comparison import BUILDS, TABLEAUS, compare, limits, loaded
 from tests.kernels.programs import gated, lorenz, mlp, random_program, unary, van_der_pol
 
 pytestmark = pytest.mark.skipif(not BUILDS, reason=builds.why_not() if not BUILDS else "")

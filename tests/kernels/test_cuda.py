@@ -9,14 +9,15 @@ import pytest
 import torch
 
 import neuralode
-from neuralode.kernels.cpu import MISMATCH, Task
 from neuralode.kernels.cuda.shim import Shim
 from neuralode.kernels.cuda.solve import CUDASolve
 from neuralode.kernels.program import STATE, UNARY
+from neuralode.kernels.task import MISMATCH, Task
 from neuralode.nn import MLPField
 from neuralode.ode import fused_engine, tableaus
+from neuralode.ode.fused_engine import method_data
 from neuralode.ode.tableaus import Tableau
-from tests.kernels.comparison import TABLEAUS, compare, limits, method_data
+from tests.kernels.comparison import TABLEAUS, compare, limits
 from tests.kernels.programs import POSITIVE, UNARY_CONSTANTS, Builder, Case, gated, lorenz, mlp, random_program
 from tests.kernels.programs import van_der_pol as stiff
 

@@ -12,6 +12,10 @@ enum Kind : int {
 // What the reverse does with the adjoint of an input.
 enum Adjoint : int { SET, INCREASE, LEAVE };
 
+// In the order of task.py.
 enum Status : int { SUCCESS, NON_FINITE, STEP_UNDERFLOW, MAX_STEPS, MISMATCH, FULL };
+
+// How output times within a step are read, in the order of BETWEEN in task.py.
+enum Between : int { HERMITE, LINE, POLYNOMIAL };
 
 }  // namespace neuralode

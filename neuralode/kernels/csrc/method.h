@@ -5,10 +5,9 @@
 #include <cstdint>
 
 #include "control.h"
+#include "kinds.h"
 
 namespace neuralode {
-
-enum Between : int32_t { HERMITE, LINE, POLYNOMIAL };
 
 struct Method {
     int32_t stages, first_same_as_last, order, error_order, adaptive, lands;

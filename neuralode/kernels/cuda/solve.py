@@ -7,35 +7,23 @@ from typing import Protocol
 
 import torch
 
-from neuralode.kernels.cpu import Report, Task
 from neuralode.kernels.cuda.source import Layout, Variant, layout_of, write_source
+from neuralode.kernels.task import FULL, Int, Limits, Long, Pointer, Report, Task
 
-_SUCCESS, _FULL = 0, 5
 _FIRST_ROOM = 64
 """Steps for which there is room at first, where a solve chooses them; it is doubled as often as needed."""
-
-_int, _long, _double, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
-
-
-class _Limits(ctypes.Structure):
-    _fields_ = [
-        *((name, _double) for name in (
-            "rtol", "atol", "integral", "proportional", "derivative", "safety", "min_factor", "max_factor",
-            "first_step")),
-        ("max_steps", _long), ("max_steps_between", _long),
-    ]  # fmt: skip
 
 
 class Problem(ctypes.Structure):
     """As csrc/cuda/step.cuh has it."""
 
     _fields_ = [
-        *((name, _long) for name in ("rows", "steps", "tiles")), ("times", _int), ("times_per_sample", _int),
-        *((name, _pointer) for name in (
+        *((name, Long) for name in ("rows", "steps", "tiles")), ("times", Int), ("times_per_sample", Int),
+        *((name, Pointer) for name in (
             "tensors", "own_rows", "y0", "slope", "ys", "ts", "grid", "stages", "end_state", "step_t", "step_h",
             "until", "step_count", "parts", "workspace", "overflow", "tickets", "status", "counts", "cotangents",
             "grad_y0", "grad_rows", "grad_tensors")),
-        ("limits", _Limits),
+        ("limits", Limits),
     ]  # fmt: skip
 
 
@@ -94,7 +82,7 @@ class CUDASolve(ctypes.Structure):
         layout = self.layout
         p.rows, p.tiles = rows, -(-rows // layout.rows_of_block)
         p.times, p.times_per_sample = task.ts.shape[-1], task.ts.dim() == 2
-        p.limits = _Limits(*vars(task.limits).values())
+        p.limits = Limits(*vars(task.limits).values())
         tensors = [x.detach() for x in task.tensors]
         device = task.y0.device
         self._give(y0=task.y0, ys=self.ys, ts=task.ts.to(device), tensors=layout.pack(tensors, task.y0),
@@ -110,7 +98,7 @@ class CUDASolve(ctypes.Structure):
         room = len(task.grid) - 1 if task.grid is not None else _FIRST_ROOM
         if task.grid is not None:
             self._give(grid=torch.tensor(task.grid, dtype=torch.double, device=device))
-        while self._attempt(room, shared) == _FULL:
+        while self._attempt(room, shared) == FULL:
             room *= 2
         return self.report
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from neuralode.kernels.cpu import BETWEEN, MethodData
 from neuralode.kernels.plan import KINDS, Line, Plan, make_plan
 from neuralode.kernels.program import Program
+from neuralode.kernels.task import BETWEEN, MethodData
 
 STEPS = ("GIVEN", "SHARED", "OWN")
 """Whether steps are given, chosen for all samples together, or for each sample."""
@@ -177,6 +177,7 @@ def layout_of(variant: Variant) -> Layout:
     return Layout(variant)
 
 
+@functools.lru_cache(maxsize=256)
 def write_source(variant: Variant, backward: bool) -> str:
     """The source of the kernel of one direction."""
     layout = layout_of(variant)

@@ -29,12 +29,17 @@ def _sum(writer: Writer, func: Any, args: Any, kwargs: Any) -> Any:
     return writer.result(func(*args, **kwargs), register, not given["keepdim"], [x])
 
 
+def _joined(func: Any, args: Any, kwargs: Any, refusal: str) -> tuple[Any, torch.Tensor]:
+    """The parts of a join and what comes of it, which has to be along the last dimension."""
+    out, dim = func(*args, **kwargs), given_by(func, args, kwargs)["dim"]
+    if dim % out.dim() != out.dim() - 1:
+        raise NotLowered(refusal)
+    return args[0], out
+
+
 @handles(aten.cat.default)
 def _cat(writer: Writer, func: Any, args: Any, kwargs: Any) -> Any:
-    parts, dim = args[0], given_by(func, args, kwargs)["dim"]
-    out = func(*args, **kwargs)
-    if dim % out.dim() != out.dim() - 1:
-        raise NotLowered("it puts rows one after the other")
+    parts, out = _joined(func, args, kwargs, "it puts rows one after the other")
     registers, widths = [], []
     for part in parts:
         row = writer.row(part)
@@ -50,10 +55,7 @@ def _cat(writer: Writer, func: Any, args: Any, kwargs: Any) -> Any:
 
 @handles(aten.stack.default)
 def _stack(writer: Writer, func: Any, args: Any, kwargs: Any) -> Any:
-    parts, dim = args[0], given_by(func, args, kwargs)["dim"]
-    out = func(*args, **kwargs)
-    if dim % out.dim() != out.dim() - 1:
-        raise NotLowered("it stacks other than features")
+    parts, out = _joined(func, args, kwargs, "it stacks other than features")
     registers = []
     for part in parts:
         row = writer.row(part)

@@ -8,7 +8,6 @@ namespace neuralode {
 constexpr int SLOPES = INNER + 1;  // those of the stages, and the one at the end of the step
 constexpr int END = INNER;
 enum Steps { GIVEN, SHARED, OWN };  // the steps are given, chosen for all rows together, or for each row
-enum Between { HERMITE, LINE, POLYNOMIAL };
 
 // A solve. Arrays are [rows][width] unless they say otherwise; the device's memory, but for the numbers.
 struct Problem {
