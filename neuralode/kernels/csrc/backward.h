@@ -72,8 +72,11 @@ inline void Solve::add(double weight, const Vec* size, const Vec* x, Vec* to) co
     for (int i = 0; i < p.width * VECS; i++) to[i] += T(weight) * size[i % VECS] * x[i];
 }
 
-// The adjoint of a slot's state, from that of its slope; that of its time is left among the adjoints.
-inline const Vec* Solve::reverse_slot(Worker& w, int64_t index, Tile& tile, const Vec* slot, const Vec* slope) {
+// The adjoint of a slot's state, from that of its slope; that of its time is left among the adjoints. `next` is the slot
+// whose turn comes then, if it is kept.
+inline const Vec* Solve::reverse_slot(Worker& w, int64_t index, Tile& tile, const Vec* slot, const Vec* slope,
+                                      const Vec* next) {
+    w.gradients.ahead = {(const char*)next, next ? p.slot * VECS * (int64_t)sizeof(Vec) : 0};
     for (int i = 0; i < p.cleared_count; i++)
         memset((void*)(w.adjoints + p.cleared[2 * i] * VECS), 0, p.cleared[2 * i + 1] * VECS * sizeof(Vec));
     memcpy(w.adjoints + p.output * VECS, slope, p.width * VECS * sizeof(Vec));
@@ -134,6 +137,11 @@ inline void Solve::backward_tile(Worker& w, int64_t index) {
         const Vec* y1 = n + 1 < (int64_t)tile.records.size() ? tile.records[n + 1]->y : tile.y;
         if (p.times_move) collect_slopes(w, index, tile, n, steps, start, slots, y1), dt = TimeGradient{};
         const bool reads_end = pull_outputs(w, index, r, y1, dt);
+        auto before = [&](int stage) -> const Vec* {  // the slot that was filled before that of a stage
+            if (stage > 1) return slot((Vec*)slots, stage - 2);
+            const Vec* last = n > 0 ? tile.records[n - 1]->slots : nullptr;
+            return last ? slot((Vec*)last, m.end() - 1) : nullptr;
+        };
         if (!mu_zero || reads_end) {
             const Vec* end = after;
             if (r.slots && end_kept(tile, n)) end = slot(r.slots, m.end() - 1);
@@ -143,7 +151,7 @@ inline void Solve::backward_tile(Worker& w, int64_t index) {
                 evaluate_slot(index, room, steps, 1, nullptr);
                 end = room;
             }
-            add(reverse_slot(w, index, tile, end, to_slope_end), to_end);
+            add(reverse_slot(w, index, tile, end, to_slope_end, before(m.inner())), to_end);
             pull_time(w, dt, 1);
         }
         add(to_end, to_start);
@@ -151,7 +159,7 @@ inline void Solve::backward_tile(Worker& w, int64_t index) {
             if (m.b[i]) add(m.b[i], steps.size, to_end, w.k[i]);
         if (p.times_move) pull_size(dt, to_end, w.values, m.b, std::min(m.inner(), m.stages));
         for (int i = m.inner() - 1; i >= 1; i--) {
-            const Vec* to_stage = reverse_slot(w, index, tile, slot((Vec*)slots, i - 1), w.k[i]);
+            const Vec* to_stage = reverse_slot(w, index, tile, slot((Vec*)slots, i - 1), w.k[i], before(i));
             add(to_stage, to_start);
             const double* a = m.a + i * m.stages;
             for (int j = 0; j < i; j++)
@@ -171,7 +179,7 @@ inline void Solve::backward_tile(Worker& w, int64_t index) {
         const Vec* start = tile.begin ? tile.begin : after;
         const Vec* y = tile.records[0]->y;
         if (!start) start = start_slot(index, tile, 0, y, steps, w.ends[turn]);
-        add(reverse_slot(w, index, tile, start, mu), lambda);
+        add(reverse_slot(w, index, tile, start, mu, nullptr), lambda);
         if (p.times_move) {
             dt = TimeGradient{};
             pull_time(w, dt, 0);

@@ -69,21 +69,32 @@ inline void gradient_block(const T* g, const T* x, int stride, T* total) {
         for (int q = 0; q < Q; q++) *(Vec*)(total + r * stride + q * N) += sum[r][q];
 }
 
+// Memory that is needed soon, brought near a piece at a time while products keep the processor busy.
+struct Ahead {
+    const char* at = nullptr;
+    int64_t bytes = 0;
+    void fetch() {
+        for (int i = 0; i < 16 && bytes > 0; i++, at += 64, bytes -= 64) __builtin_prefetch(at);
+    }
+};
+
 template <int Q>
-inline void gradient_columns(const T* g, int outputs, const T* x, int stride, T* total) {
+inline void gradient_columns(const T* g, int outputs, const T* x, int stride, T* total, Ahead& ahead) {
     int j = 0;
-    for (; j + GRAD_OUTPUTS <= outputs; j += GRAD_OUTPUTS)
+    for (; j + GRAD_OUTPUTS <= outputs; j += GRAD_OUTPUTS) {
+        ahead.fetch();
         gradient_block<GRAD_OUTPUTS, Q>(g + j * TILE, x, stride, total + j * stride);
+    }
     for (; j < outputs; j++) gradient_block<1, Q>(g + j * TILE, x, stride, total + j * stride);
 }
 
 // total [outputs][stride] += Σ over the tile of g [outputs][TILE] times x [TILE][stride]; the stride is whole vectors.
-inline void weight_gradient(const T* g, int outputs, const T* x, int stride, T* total) {
+inline void weight_gradient(const T* g, int outputs, const T* x, int stride, T* total, Ahead& ahead) {
     constexpr int N = LANES;
     int k = 0;
     for (; k + GRAD_INPUTS * N <= stride; k += GRAD_INPUTS * N)
-        gradient_columns<GRAD_INPUTS>(g, outputs, x + k, stride, total + k);
-    for (; k < stride; k += N) gradient_columns<1>(g, outputs, x + k, stride, total + k);
+        gradient_columns<GRAD_INPUTS>(g, outputs, x + k, stride, total + k, ahead);
+    for (; k < stride; k += N) gradient_columns<1>(g, outputs, x + k, stride, total + k, ahead);
 }
 
 // The same for few inputs: the lanes are summed at the very end, total [outputs][inputs][lanes].

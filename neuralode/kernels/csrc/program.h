@@ -33,6 +33,7 @@ struct Program {
 struct Gradients {
     T** total = nullptr;  // per tensor; lanes apart for biases, narrow weights and other tensors
     T* rows = nullptr;    // an input of a product, transposed
+    Ahead ahead;          // the slot that will be reversed next
 };
 
 template <typename F> inline void map(const Vec* x, Vec* out, int features, F f) {
@@ -177,18 +178,26 @@ inline void add_up(const Vec* g, int features, T* total) {
 inline void reverse_linear(const Operation& op, const double* c, const Tensor* tensors, const Vec* x,
                            const Vec* out, Vec* g, Vec* adjoint, Gradients& gradients) {
     const Tensor& weight = tensors[op.tensor];
-    if (op.activation == TANH)
-        for (int i = 0; i < op.width * VECS; i++) g[i] *= 1 - out[i] * out[i];
-    else if (op.activation >= 0)
-        for (int i = 0; i < op.width * VECS; i++) g[i] *= activation_slope(op.activation, out[i], c);
-    if (op.bias >= 0 && tensors[op.bias].wants_gradient) add_up(g, op.width, gradients.total[op.bias]);
+    Vec* to_bias = op.bias >= 0 && tensors[op.bias].wants_gradient ? (Vec*)gradients.total[op.bias] : nullptr;
+    auto pull_activation = [&](auto slope) {
+        for (int j = 0; j < op.width; j++) {
+            Vec sum{};
+            for (int v = 0; v < VECS; v++) sum += g[j * VECS + v] *= slope(out[j * VECS + v]);
+            if (to_bias) to_bias[j] += sum;
+        }
+    };
+    switch (op.activation) {
+        case -1: if (to_bias) add_up(g, op.width, (T*)to_bias); break;
+        case TANH: pull_activation([](Vec out) { return 1 - out * out; }); break;
+        default: pull_activation([&](Vec out) { return activation_slope(op.activation, out, c); });
+    }
     if (weight.wants_gradient) {
         T* total = gradients.total[op.tensor];
         if (weight.narrow()) {
             narrow_gradient(g, weight.outputs, x, weight.inputs, (Vec*)total);
         } else {
             transpose(x, weight.inputs, gradients.rows, weight.stride());
-            weight_gradient((const T*)g, weight.outputs, gradients.rows, weight.stride(), total);
+            weight_gradient((const T*)g, weight.outputs, gradients.rows, weight.stride(), total, gradients.ahead);
         }
     }
     if (op.adjoint_a == SET)

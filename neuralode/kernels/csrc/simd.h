@@ -54,36 +54,57 @@ inline Vec inverse(Vec x) {
     return T(1) / x;
 }
 
-// x [n][TILE], of which only n features count, to out [TILE][stride]; rows of 16 (8) by 16 (8) entries at a time.
-inline void transpose(const Vec* x, int features, T* out, int stride) {
-    constexpr int N = LANES;
-    for (int f = 0; f < features; f += N) {
-        for (int v = 0; v < VECS; v++) {
-            Vec a[N];
-            for (int i = 0; i < N; i++) a[i] = f + i < features ? x[(f + i) * VECS + v] : Vec{};
-#ifdef __AVX512F__
-#pragma GCC unroll 4
-            for (int d = 1; d < N; d *= 2) {
-                Ints low, high;
-                for (int p = 0; p < N; p++) {
-                    low[p] = p & d ? N + p - d : p;
-                    high[p] = p & d ? N + p : p + d;
-                }
-#pragma GCC unroll 16
-                for (int i = 0; i < N; i++) {
-                    if (i & d) continue;
-                    Vec upper = a[i], lower = a[i + d];
-                    a[i] = __builtin_shuffle(upper, lower, low);
-                    a[i + d] = __builtin_shuffle(upper, lower, high);
-                }
+// Lanes of two vectors that change places as a square is transposed, in blocks of 1, 2, 4 and 8.
+struct Exchange {
+    alignas(BYTES) Int low[4][LANES] = {}, high[4][LANES] = {};
+    constexpr Exchange() {
+        for (int b = 0; b < 4; b++)
+            for (int p = 0, d = 1 << b; p < LANES; p++) {
+                low[b][p] = p & d ? LANES + p - d : p;
+                high[b][p] = p & d ? LANES + p : p + d;
             }
-            for (int i = 0; i < N; i++) memcpy(out + (v * N + i) * stride + f, &a[i], sizeof a[i]);
-#else
-            for (int l = 0; l < N; l++)
-                for (int i = 0; i < N; i++) out[(v * N + l) * stride + f + i] = a[i][l];
-#endif
+    }
+};
+
+// Transposes a square of as many entries as a vector has lanes.
+inline void transpose_square(Vec* a) {
+    constexpr int N = LANES;
+#ifdef __AVX512F__
+    static constexpr Exchange exchange{};
+#pragma GCC unroll 4
+    for (int b = 0; 1 << b < N; b++) {
+        const Ints low = *(const Ints*)exchange.low[b], high = *(const Ints*)exchange.high[b];
+#pragma GCC unroll 16
+        for (int i = 0; i < N; i++) {
+            if (i >> b & 1) continue;
+            Vec upper = a[i], lower = a[i + (1 << b)];
+            a[i] = __builtin_shuffle(upper, lower, low);
+            a[i + (1 << b)] = __builtin_shuffle(upper, lower, high);
         }
     }
+#else
+    Vec from[N];
+    for (int i = 0; i < N; i++) from[i] = a[i];
+    for (int l = 0; l < N; l++)
+        for (int i = 0; i < N; i++) a[l][i] = from[i][l];
+#endif
+}
+
+// x [features][TILE] to out [TILE][stride], zeros behind the features.
+inline void transpose(const Vec* x, int features, T* out, int stride) {
+    constexpr int N = LANES;
+    for (int f = 0; f < features; f += N)
+        for (int v = 0; v < VECS; v++) {
+            Vec a[N];
+            if (f + N <= features)
+#pragma GCC unroll 16
+                for (int i = 0; i < N; i++) a[i] = x[(f + i) * VECS + v];
+            else
+                for (int i = 0; i < N; i++) a[i] = f + i < features ? x[(f + i) * VECS + v] : Vec{};
+            transpose_square(a);
+#pragma GCC unroll 16
+            for (int i = 0; i < N; i++) memcpy(out + (v * N + i) * stride + f, &a[i], sizeof a[i]);
+        }
 }
 
 }  // namespace neuralode::PRECISION

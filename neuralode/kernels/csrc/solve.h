@@ -180,7 +180,7 @@ class Solve : public Solver {
     void add(const Vec* x, Vec* to) const;
     void add(double weight, const Vec* x, Vec* to) const;
     void add(double weight, const Vec* size, const Vec* x, Vec* to) const;
-    const Vec* reverse_slot(Worker& w, int64_t index, Tile& tile, const Vec* slot, const Vec* slope);
+    const Vec* reverse_slot(Worker& w, int64_t index, Tile& tile, const Vec* slot, const Vec* slope, const Vec* next);
     const Vec* start_slot(int64_t index, Tile& tile, int64_t n, const Vec* y, const Steps& steps, Vec* room) const;
     bool end_kept(const Tile& tile, int64_t n) const;
     void backward_tile(Worker& w, int64_t index);
