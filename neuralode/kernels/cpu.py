@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from neuralode.kernels.library import Library, Runtime, runtime
-from neuralode.kernels.plan import Plan, make_plan
+from neuralode.kernels.plan import make_plan
 from neuralode.kernels.program import Program
-from neuralode.kernels.task import BETWEEN, Int, Limits, Long, MethodData, Pointer, Report, Task
+from neuralode.kernels.task import BETWEEN, Int, Job, Limits, Long, MethodData, Pointer, Report, Task
 
 _PATIENCE = 0.2
 """Seconds between two looks at whether to stop (Ctrl-C)."""
@@ -59,16 +60,39 @@ def _method(data: MethodData) -> tuple[_Method, list[Any]]:
     return method, arrays
 
 
-_Integers = ctypes.Array[ctypes.c_int32]
+class _Outline:
+    """A problem of which only the numbers are missing, and the arrays that it points to.
+
+    Args:
+        shape: of the state, [B, D].
+        times: shape of the output times.
+    """
+
+    def __init__(self, job: Job, shape: torch.Size, times: torch.Size):
+        count = len(job.program.shapes)
+        plan = make_plan(job.program, job.wants_gradient or (False,) * count, job.times_move)
+        shapes = _ints([n for i in range(count) for n in _shape(job.program, i)])
+        gradients, groups = _ints(job.wants_gradient or (0,) * count), _ints(job.groups)
+        method, arrays = _method(job.method)
+        self._alive = plan, shapes, gradients, groups, arrays
+        address = ctypes.addressof
+        self.problem = _Problem(
+            rows=shape[0], width=shape[1], slot=plan.slot, output=plan.output, time=plan.time,
+            operation_count=len(plan.lines), cleared_count=len(plan.cleared) // 2, tensor_count=count,
+            groups=max(job.groups) + 1, operations=address(plan.lines), constants=address(plan.constants),
+            cleared=address(plan.cleared), group=address(groups), tensor_shapes=address(shapes),
+            tensor_gradients=address(gradients), method=method, limits=Limits(*vars(job.limits).values()),
+            per_sample=job.per_sample, times=times[-1], times_per_sample=len(times) == 2, records=job.records,
+            times_move=job.times_move, budget=job.budget, runtime=runtime(),
+        )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
-def _layout(program: Program, wants_gradient: tuple[bool, ...], times_move: bool,
-            groups: tuple[int, ...]) -> tuple[Plan, _Integers, _Integers, _Integers]:  # fmt: skip
-    """The plan, and as arrays: the tensors' shapes, which of them want a gradient, and the groups."""
-    plan = make_plan(program, wants_gradient, times_move)
-    shapes = _ints([n for i in range(len(program.shapes)) for n in _shape(program, i)])
-    return plan, shapes, _ints(wants_gradient), _ints(groups)
+_outline = functools.lru_cache(maxsize=256)(_Outline)
+
+
+@functools.lru_cache(maxsize=64)
+def _grid(ends: tuple[float, ...]) -> ctypes.Array[ctypes.c_double]:
+    return _doubles(ends)
 
 
 def _doubles(values: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
@@ -91,28 +115,21 @@ class CPUSolve(ctypes.Structure):
         super().__init__()
         self.handle: int | None = None
         self.functions = library.functions
-        self.task = task
-        rows, width = task.y0.shape
-        self.ys = task.y0.new_empty(task.ts.shape[-1], rows, width)
-        self.tensors = [x.detach().contiguous() for x in task.tensors]
-        wants = task.wants_gradient or (False,) * len(self.tensors)
-        self.wants = wants
-        plan, shapes, gradients, groups = _layout(task.program, wants, task.times_move, task.groups)
-        method, arrays = _method(task.method)
-        grid = None if task.grid is None else _doubles(task.grid)
-        pointers = (ctypes.c_void_p * max(1, len(self.tensors)))(*(x.data_ptr() for x in self.tensors))
-        self._alive = [task, plan, arrays, grid, pointers, shapes, gradients, groups]
-        address = ctypes.addressof
-        self._problem = _Problem(
-            rows, width, plan.slot, plan.output, plan.time, len(plan.lines), len(plan.cleared) // 2,
-            len(self.tensors), max(task.groups) + 1, address(plan.lines), address(plan.constants),
-            address(plan.cleared), address(groups), address(pointers), address(shapes), address(gradients), method,
-            Limits(*vars(task.limits).values()), task.per_sample, task.ts.shape[-1], task.ts.dim() == 2,
-            task.records, task.times_move, torch.get_num_threads(), task.ts.data_ptr(),
-            None if grid is None else address(grid), 0 if grid is None else len(grid), task.budget, runtime(),
-            task.y0.data_ptr(), None if task.slope is None else task.slope.data_ptr(), self.ys.data_ptr(),
-        )  # fmt: skip
-        handle = self.functions.neuralode_begin(address(self._problem), task.y0.dtype == torch.float64)
+        self.task, job = task, task.job
+        self.ys = task.y0.new_empty(task.ts.shape[-1], *task.y0.shape)
+        self.tensors = [x.contiguous() for x in task.tensors]
+        outline = _outline(job, task.y0.shape, task.ts.shape)
+        pointers = _pointers(self.tensors)
+        problem = _Problem.from_buffer_copy(outline.problem)
+        problem.tensors, problem.threads = ctypes.addressof(pointers), torch.get_num_threads()
+        problem.y0, problem.ts, problem.ys = task.y0.data_ptr(), task.ts.data_ptr(), self.ys.data_ptr()
+        if task.grid is not None:
+            grid = _grid(task.grid)
+            problem.grid, problem.grid_count = ctypes.addressof(grid), len(grid)
+        if task.slope is not None:
+            problem.slope = task.slope.data_ptr()
+        self._alive = outline, pointers, None if task.grid is None else grid
+        handle = self.functions.neuralode_begin(ctypes.addressof(problem), task.y0.dtype == torch.float64)
         if not handle:
             raise MemoryError("the kernels could not get the memory that a solve needs.")
         self.handle = handle
@@ -127,10 +144,11 @@ class CPUSolve(ctypes.Structure):
                                                                       torch.Tensor | None]:  # fmt: skip
         """The gradients of the state [B, D], of the tensors, and of the times in double precision."""
         y0 = torch.empty_like(self.task.y0) if wants_y0 else None
-        found = [torch.empty_like(x) if w else None for x, w in zip(self.tensors, self.wants, strict=True)]
-        times = torch.empty_like(self.task.ts) if self.task.times_move else None
+        wants = self.task.job.wants_gradient or itertools.repeat(False)
+        found = [torch.empty_like(x) if w else None for x, w in zip(self.tensors, wants, strict=False)]
+        times = torch.empty_like(self.task.ts) if self.task.job.times_move else None
         grad_ys = grad_ys.contiguous()
-        pointers = (ctypes.c_void_p * max(1, len(found)))(*(None if x is None else x.data_ptr() for x in found))
+        pointers = _pointers(found)
         self._run(lambda: self.functions.neuralode_backward(
             self.handle, grad_ys.data_ptr(), _data(y0), ctypes.addressof(pointers), _data(times), _PATIENCE
         ))  # fmt: skip
@@ -139,7 +157,8 @@ class CPUSolve(ctypes.Structure):
 
     def take_states(self) -> torch.Tensor:
         """The states [T, B, D], handed over: a graph that owns this solve must not be owned by it through them."""
-        ys, self.ys = self.ys, self.ys.new_empty(0)
+        ys = self.ys
+        del self.ys
         return ys
 
     def sizes(self) -> list[float]:
@@ -170,6 +189,10 @@ class CPUSolve(ctypes.Structure):
         if getattr(self, "handle", None):
             self.functions.neuralode_end(self.handle)
             self.handle = None
+
+
+def _pointers(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    return (Pointer * max(1, len(tensors)))(*map(_data, tensors))
 
 
 def _data(x: torch.Tensor | None) -> int | None:

@@ -43,17 +43,18 @@ class Lowered:
 _programs: dict[Program, Program] = {}
 
 
-def lower(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any, ...]) -> Lowered:
+def lower(field: Callable[..., Any], t: torch.Tensor | float, y: State, args: tuple[Any, ...]) -> Lowered:
     """The program of a field, by an evaluation that is watched, unless the field has not changed since the last one.
 
     Args:
-        t: the time, [], or [B, 1, ..., 1] where each sample has its own.
+        t: the time, a number or [], or [B, 1, ..., 1] where each sample has its own.
         y: the state, [..., D], its leading dimensions being the rows; or a tuple of parts that share dimension 0.
 
     Raises:
         NotLowered: where the field is no program; it is left as if it had not been called.
     """
-    if torch.is_autocast_enabled((y[0] if isinstance(y, tuple) else y).device.type):
+    first = y[0] if isinstance(y, tuple) else y
+    if torch.is_autocast_enabled(first.device.type):
         raise NotLowered("autocast is on")
     when = None if args else circumstances(t, y)
     known = None if args else recall(field, when)
@@ -66,6 +67,7 @@ def lower(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any,
     watch = Watch(field)
     if reason := watch.obstacle():
         raise NotLowered(reason)
+    t = t if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=first.dtype, device=first.device)
     writer = Writer(torch.is_grad_enabled())
     try:
         try:

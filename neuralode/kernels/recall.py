@@ -7,9 +7,10 @@ field, and written anew from time to time in any case.
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable
-from operator import is_, or_
+from collections.abc import Callable, Iterator
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from torch import nn
 
 from neuralode.kernels.program import Program
 from neuralode.kernels.values import Made, Writer
-from neuralode.kernels.watch import Place, Watch, has_hooks, hooks_everywhere
+from neuralode.kernels.watch import HOOKS, Counter, Place, Watch, hooks_everywhere
 
-_USES = 64
+_USES = 256
 """Solves after which a program is written anew."""
 _MOST = 16
 """Programs of one field, for states of different shapes."""
@@ -28,13 +29,14 @@ _HELD = ("_parameters", "_buffers", "_modules")
 _remembered: weakref.WeakKeyDictionary[Any, dict[Any, Remembered]] = weakref.WeakKeyDictionary()
 
 
-def circumstances(t: torch.Tensor, y: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
+def circumstances(t: torch.Tensor | float, y: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
     """What a program depends on besides the field."""
     parts = y if isinstance(y, tuple) else (y,)
     shapes = tuple((x.shape, x.dtype, x.device, x.is_contiguous()) for x in parts)
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return isinstance(y, tuple), shapes, t.shape, t.dtype, modes, hooked
+    time = (t.shape, t.dtype) if isinstance(t, torch.Tensor) else None
+    return isinstance(y, tuple), shapes, time, modes, hooked
 
 
 def remember(field: Callable[..., Any], when: Any, watch: Watch, writer: Writer, program: Program) -> None:
@@ -116,12 +118,8 @@ class Remembered:
                          for i, (x, wanted) in enumerate(zip(sources, tensors, strict=True))]  # fmt: skip
         self._leaves = [_Leaf(x, x.shape, x.dtype, x.requires_grad) for x in
                         (*sources, *(x for step in made for x in _tensors(step)))]  # fmt: skip
-        self._modules = [_ModuleState(module) for module in watch.modules]
         counted = {(id(counter.place), counter.name) for counter in self.counters}
-        for counter in self.counters:
-            for state in self._modules:
-                if counter.place.is_of(state.module()):
-                    state.leave_out(counter.name)
+        self._modules = _Modules(watch.modules, self.counters)
         self._places = [
             (place, {name: x for name, x in place.before.items() if (id(place), name) not in counted})
             for place in watch.places if not any(place.is_of(module) for module in watch.modules)
@@ -131,7 +129,7 @@ class Remembered:
         """Whether the field is as it was."""
         return (
             not hooks_everywhere()
-            and all(state.holds() for state in self._modules)
+            and self._modules.hold()
             and all(_unchanged(place, before) for place, before in self._places)
             and all(leaf.holds() for leaf in self._leaves)
         )
@@ -178,36 +176,31 @@ class _Leaf(NamedTuple):
         return x.shape == self.shape and x.dtype == self.dtype and x.requires_grad == self.requires_grad
 
 
-class _ModuleState:
-    def __init__(self, module: nn.Module):
-        self.module = weakref.ref(module)
-        own = module.__dict__
-        self.values, self.counted = list(own.values()), [False] * len(own)
-        self.counts = False
-        self.held = [tuple(own[name].values()) for name in _HELD]
+class _Modules:
+    """What the modules of a field consist of, but for its counters."""
 
-    def leave_out(self, name: str) -> None:
-        """Lets an attribute change: it is a counter."""
-        module = self.module()
-        assert module is not None
-        self.counted[list(module.__dict__).index(name)] = self.counts = True
+    def __init__(self, modules: list[nn.Module], counters: list[Counter]):
+        own = [module.__dict__ for module in modules]
+        self._hooks = [attributes[name] for attributes in own for name in HOOKS]
+        self._dicts = [*own, *(attributes[name] for attributes in own for name in _HELD)]
+        self._sizes = list(map(len, self._dicts))
+        self._values = list(self._now())
+        names = [(i, name) for i, attributes in enumerate(own) for name in attributes]
+        moving = {(i, c.name) for i, module in enumerate(modules) for c in counters if c.place.is_of(module)}
+        self._fixed = [entry not in moving for entry in names] + [True] * (len(self._values) - len(names))
+        if moving:
+            self._values = list(itertools.compress(self._values, self._fixed))
+        self._count = bool(moving)
 
-    def holds(self) -> bool:
-        module = self.module()
-        if module is None:
+    def hold(self) -> bool:
+        """Whether they are as they were."""
+        if any(self._hooks) or list(map(len, self._dicts)) != self._sizes:
             return False
-        own = module.__dict__
-        if len(own) != len(self.values) or has_hooks(module):
-            return False
-        if not self.counts:
-            same = all(map(is_, own.values(), self.values))
-        else:
-            same = all(map(or_, self.counted, map(is_, own.values(), self.values)))
-        return same and all(map(_same, (own[name] for name in _HELD), self.held))
+        now = itertools.compress(self._now(), self._fixed) if self._count else self._now()
+        return all(map(is_, now, self._values))
 
-
-def _same(now: dict[str, Any], before: tuple[Any, ...]) -> bool:
-    return len(now) == len(before) and all(map(is_, now.values(), before))
+    def _now(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(map(dict.values, self._dicts))
 
 
 def _unchanged(place: Place, before: dict[Any, Any]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,35 +54,48 @@ class LimitsData:
     max_steps_between: int
 
 
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What solves of one kind have in common, whatever their numbers: what is made for it is kept, by its identity.
+
+    Args:
+        groups: for each feature, the part of the state by which its error counts.
+        per_sample: whether each row takes steps of its own.
+        records: whether a backward pass will come.
+        wants_gradient: which of the program's tensors want a gradient.
+        times_move: whether the times want one.
+        budget: bytes that may be kept for it; what does not fit is evaluated again.
+    """
+
+    program: Program
+    method: MethodData
+    limits: LimitsData
+    groups: tuple[int, ...]
+    per_sample: bool = False
+    records: bool = False
+    wants_gradient: tuple[bool, ...] = ()
+    times_move: bool = False
+    budget: int = 0
+
+
 @dataclass
 class Task:
     """A solve that the kernels are to do.
 
     Args:
-        y0: rows of the state, [B, D], contiguous.
         tensors: those of the program, contiguous and of the state's type.
-        groups: for each feature, the part of the state by which its error counts.
+        y0: rows of the state, [B, D], contiguous.
         ts: output times in double precision, [T] or [B, T], contiguous.
         grid: ends of the steps of a fixed-step solve.
         slope: what the field itself says at the start, [B, D], to be compared with the program.
-        records: whether a backward pass will come.
-        budget: bytes that may be kept for it; what does not fit is evaluated again.
     """
 
-    program: Program
+    job: Job
     tensors: list[torch.Tensor]
     y0: torch.Tensor
     ts: torch.Tensor
-    method: MethodData
-    limits: LimitsData
-    groups: tuple[int, ...]
-    grid: Sequence[float] | None = None
-    per_sample: bool = False
+    grid: tuple[float, ...] | None = None
     slope: torch.Tensor | None = None
-    records: bool = False
-    wants_gradient: tuple[bool, ...] = ()
-    times_move: bool = False
-    budget: int = 0
 
 
 class Limits(ctypes.Structure):

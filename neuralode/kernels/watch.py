@@ -19,6 +19,8 @@ _PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.Tensor, nn.P
 """Types of values that hold nothing to look at."""
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"_buffers"}
 """Attributes by which PyTorch itself keeps a module; parameters and hooks are looked at otherwise."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes of a module that hold its hooks."""
 _LARGE = 256
 """Entries of a container beyond which only their number is looked at."""
 
@@ -132,10 +134,7 @@ class Watch:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks of its own."""
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
+    return any(module.__dict__[name] for name in HOOKS)
 
 
 def hooks_everywhere() -> bool:

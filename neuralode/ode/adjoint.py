@@ -26,7 +26,7 @@ class AdjointSettings:
 
     settings: Settings
     """Method and tolerances of the backward solve; its norm is set here."""
-    grid_between: Callable[[float, float], list[float] | None]
+    grid_between: Callable[[float, float], tuple[float, ...] | None]
     """The steps of a fixed-step method between two times; None for one with error control."""
     seminorm: bool = False
     """Weigh the error of the state and its adjoint alone (Kidger et al. 2021, "Hey, that's not an ODE")."""

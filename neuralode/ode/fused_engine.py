@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -19,9 +20,10 @@ from neuralode.kernels.cuda.driver import GPU
 from neuralode.kernels.cuda.solve import CUDASolve
 from neuralode.kernels.library import library, why_not
 from neuralode.kernels.lower import Lowered, NotLowered, lower
-from neuralode.kernels.task import SUCCESS, LimitsData, MethodData, Task
+from neuralode.kernels.program import Program
+from neuralode.kernels.task import SUCCESS, Job, LimitsData, MethodData, Task
 from neuralode.ode.clock import Clock, host_values
-from neuralode.ode.explicit import RungeKutta, moment
+from neuralode.ode.explicit import RungeKutta
 from neuralode.ode.methods import METHODS
 from neuralode.ode.observed_field import Field, tensors
 from neuralode.ode.packing import Packing
@@ -35,6 +37,8 @@ from neuralode.ode.tolerance import in_transform
 _WIDEST = 1024
 """Features of a state up to which a tile of it stays in the caches."""
 _NO_LIMIT = 2**62
+_MOST = 256
+"""Kinds of solves, and jobs of a kind, that are remembered."""
 _INFERENCE = "tensors made in inference mode cannot be kept for a gradient"
 
 
@@ -73,30 +77,105 @@ def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config
     Raises:
         NotFused: where the kernels cannot serve; nothing has been done then but one evaluation of the field.
     """
-    by_sample = config.per_sample or ts.dim() == 2
-    reason = unable(config, by_sample, ts.shape[-1]) or _unfit(y0, ts, by_sample)
-    if reason:
-        raise NotFused(reason)
-    like = tensors(y0)[0]
-    start = moment(host_values(ts)[0], like) if not by_sample else _column(ts, like)
+    if in_transform() or forward_ad._current_level >= 0:
+        raise NotFused("inside a transform, the stepper serves")
+    kind = _kind_of(config, y0, ts)
+    if kind.obstacle:
+        raise NotFused(kind.obstacle)
     try:
-        lowered = lower(field, start, y0, args)
+        lowered = lower(field, _column(ts, tensors(y0)[0]) if kind.by_sample else ts[0].item(), y0, args)
     except NotLowered as why:
         raise NotFused(str(why)) from None
-    solve = _Solve(lowered, y0, ts, config, by_sample, field)
+    solve = _Solve(kind, lowered, y0, ts, fixed_grid(config, field, y0, ts) if kind.fixed else None)
     ys = solve.states()
     report = solve.kernel.report
     if report.status != SUCCESS:
         raise NotFused("the solve failed, and the stepper says why", failed=True)
     lowered.count(report.evaluations - (lowered.dy is not None))
     solve.fill(stats)
-    return solve.packing.unpack(ys) if solve.packing.tuple else ys.reshape(len(ys), *like.shape)
+    if isinstance(y0, tuple):
+        return kind.packing.unpack(ys)
+    return ys if y0.dim() == 2 else ys.reshape(len(ys), *y0.shape)
+
+
+def _column(ts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The samples' first times, [B, 1], in the state's precision."""
+    check_rows(like, ts)
+    return ts.detach()[..., 0].to(like.dtype).expand(len(like)).reshape(-1, 1)
+
+
+class _Kind:
+    """Solves of one kind: the same settings, shapes and types, whatever the field and the numbers."""
+
+    def __init__(self, config: SolverConfig, y0: State, ts: torch.Tensor):
+        self.by_sample = config.per_sample or ts.dim() == 2
+        self.obstacle = unable(config, self.by_sample, ts.shape[-1]) or _unfit(y0, ts, self.by_sample)
+        if self.obstacle:
+            return
+        self.packing = Packing(y0, rows=isinstance(y0, tuple))
+        self.settings = settings_of(config, self.packing, None, keep_dense=False)
+        method = self.settings.method
+        assert isinstance(method, RungeKutta)
+        self.method, self.fixed = method, not method.adaptive
+        self.outputs = ts.shape[-1]
+        self.limits = _limits(self.settings)
+        self.budget = 0 if config.checkpoint == "always" else config.memory_budget
+        self._jobs: dict[Any, Job] = {}
+
+    def job(self, program: Program, lands: bool, moving: tuple[bool, ...]) -> Job:
+        """What the kernels need to know besides the numbers; the same object for the same arguments.
+
+        Args:
+            lands: whether a step ends at every output time.
+            moving: which of the state, the times and the program's tensors want a gradient; empty if none does.
+        """
+        found = self._jobs.get((program, lands, moving))
+        if found is None:
+            method = method_data(self.method.tableau, self.method.linear, lands)
+            found = Job(
+                program, method, self.limits, self._groups(program.width), self.by_sample, bool(moving), moving[2:],
+                bool(moving) and moving[1], self.budget,
+            )  # fmt: skip
+            _keep(self._jobs, (program, lands, moving), found)
+        return found
+
+    def _groups(self, width: int) -> tuple[int, ...]:
+        """The part of a tuple state that each feature belongs to."""
+        if self.by_sample or not self.packing.tuple:
+            return (0,) * width
+        return tuple(i for i, size in enumerate(self.packing.sizes) for _ in range(size))
+
+
+_settings = operator.attrgetter(
+    "method", "rtol", "atol", "gradient", "controller", "checkpoint", "memory_budget", "per_sample", "estimates",
+    "max_steps", "max_steps_between",
+)  # fmt: skip
+_requires_grad = operator.attrgetter("requires_grad")
+_kinds: dict[Any, _Kind] = {}
+
+
+def _kind_of(config: SolverConfig, y0: State, ts: torch.Tensor) -> _Kind:
+    parts = tuple((x.shape, x.dtype, x.device, x.is_inference()) for x in tensors(y0))
+    times = ts.shape, ts.requires_grad
+    key = _settings(config), *config.options.items(), isinstance(y0, tuple), parts, times, torch.is_grad_enabled()
+    try:
+        found = _kinds.get(key)
+    except TypeError:  # an option that is no key
+        return _Kind(config, y0, ts)
+    if found is None:
+        found = _Kind(config, y0, ts)
+        _keep(_kinds, key, found)
+    return found
+
+
+def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(known) >= _MOST:
+        known.clear()
+    known[key] = value
 
 
 def _unfit(y0: State, ts: torch.Tensor, by_sample: bool) -> str:
     parts = tensors(y0)
-    if in_transform() or forward_ad._current_level >= 0:
-        return "inside a transform, the stepper serves"
     if not all(part.dtype in (torch.float32, torch.float64) and part.device == parts[0].device for part in parts):
         return "the kernels are for single and double precision, on one device"
     if parts[0].device.type not in ("cpu", "cuda"):
@@ -114,55 +193,35 @@ def _unfit(y0: State, ts: torch.Tensor, by_sample: bool) -> str:
     return ""
 
 
-def _column(ts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The samples' first times, [B, 1], in the state's precision."""
-    check_rows(like, ts)
-    return ts.detach()[..., 0].to(like.dtype).expand(len(like)).reshape(-1, 1)
-
-
 class _Solve:
-    """What one solve needs: the kernels' task, the way back to the caller's shapes, and the statistics."""
+    """One solve: the kernels' task, and the statistics."""
 
-    def __init__(self, lowered: Lowered, y0: State, ts: torch.Tensor, config: SolverConfig, by_sample: bool,
-                 field: Field):  # fmt: skip
+    def __init__(self, kind: _Kind, lowered: Lowered, y0: State, ts: torch.Tensor, grid: tuple[float, ...] | None):
         width = lowered.program.width
         if width > _WIDEST:
             raise NotFused(f"the state has {width} features a row, more than {_WIDEST}")
-        self.lowered, self.ts, self.by_sample = lowered, ts, by_sample
-        self.packing = Packing(y0, rows=isinstance(y0, tuple))
-        self.rows = self._as_rows(y0, width)
-        grid = None if by_sample else fixed_grid(config, field, y0, ts)
-        self.settings = settings_of(config, self.packing, grid, keep_dense=False)
-        method = self.settings.method
-        assert isinstance(method, RungeKutta)
-        lands = not by_sample and (not method.interpolates or (grid is not None and grid == host_values(ts)))
-        if grid is not None and len(grid) - 1 > self.settings.max_steps:
+        self.kind, self.lowered, self.ts = kind, lowered, ts
+        rows = self._as_rows(y0, width)
+        method = kind.method
+        lands = not kind.by_sample and (not method.interpolates or (kind.fixed and grid == tuple(host_values(ts))))
+        if grid is not None and len(grid) - 1 > kind.settings.max_steps:
             raise NotFused("it takes more steps than max_steps", failed=True)
-        if method.tableau.dense_c and ts.shape[-1] > 2 and not lands:
-            raise NotFused(f"{config.method!r} needs further stages between its steps")
-        self.method = method_data(method.tableau, method.linear, lands)
-        wanted = torch.is_grad_enabled()
-        self.inputs = [self.rows, ts, *lowered.tensors]
-        self.records = wanted and any(x.requires_grad for x in self.inputs)
-        if self.records and any(x.is_inference() for x in self.inputs):
+        if method.tableau.dense_c and kind.outputs > 2 and not lands:
+            raise NotFused(f"{method.tableau.name!r} needs further stages between its steps")
+        self.inputs = [rows, ts, *lowered.tensors]
+        moving = tuple(map(_requires_grad, self.inputs))
+        self.records = torch.is_grad_enabled() and any(moving)
+        if self.records and any(map(torch.Tensor.is_inference, self.inputs)):
             raise NotFused(_INFERENCE)
         self.task = Task(
-            lowered.program, lowered.tensors, self.rows.detach().contiguous(), ts.detach().double().contiguous(),
-            self.method, _limits(self.settings), self._groups(width), grid, by_sample,
-            None if lowered.dy is None else self._as_rows(lowered.dy, width).detach().contiguous(), self.records,
-            tuple(self.records and x.requires_grad for x in lowered.tensors),
-            self.records and ts.requires_grad, 0 if config.checkpoint == "always" else config.memory_budget,
+            kind.job(lowered.program, lands, moving if self.records else ()), lowered.tensors,
+            rows.detach().contiguous(), ts.detach().double().contiguous(), grid,
+            None if lowered.dy is None else self._as_rows(lowered.dy, width).detach().contiguous(),
         )  # fmt: skip
 
     def _as_rows(self, state: State, width: int) -> torch.Tensor:
-        packed = self.packing.pack(state)
-        return packed.reshape(-1, width)
-
-    def _groups(self, width: int) -> tuple[int, ...]:
-        """The part of a tuple state that each feature belongs to."""
-        if self.by_sample or not self.packing.tuple:
-            return (0,) * width
-        return tuple(i for i, size in enumerate(self.packing.sizes) for _ in range(size))
+        packed = self.kind.packing.pack(state)
+        return packed if packed.dim() == 2 else packed.reshape(-1, width)
 
     def states(self) -> torch.Tensor:
         """Solves: the states [T, B, D]."""
@@ -186,8 +245,8 @@ class _Solve:
         stats.engine, stats.reason = "fused", stats.reason or "the kernels know the field as a program"
         stats.nfe, stats.accepted, stats.rejected = report.evaluations, report.accepted, report.rejected
         if self.task.grid is not None:
-            stats.step_sizes = [abs(b - a) for a, b in itertools.pairwise(self.task.grid)]
-        elif self.by_sample:
+            stats.step_sizes = list(_sizes(self.task.grid))
+        elif self.kind.by_sample:
             accepted, tried = self.kernel.counts()
             stats.accepted_per_sample, stats.rejected_per_sample = accepted, tried - accepted
         else:
@@ -201,13 +260,14 @@ class _Solve:
         self, rows: torch.Tensor, ts: torch.Tensor, given: Sequence[torch.Tensor], sizes: list[float]
     ) -> torch.Tensor:
         """The same states by operations that autograd knows: the steps that the solve took, in plain PyTorch."""
-        if self.by_sample:
+        if self.kind.by_sample:
             raise UsageError("second derivatives through steps of each sample's own need engine='stepper'.")
         program = self.lowered.program
         counted = CountedField(lambda t, y: program(t, y, given), (), lambda dy, y: None)
         grid = self.task.grid or _ends(host_values(ts), sizes)
-        settings = dataclasses.replace(self.settings, grid=list(grid))
-        integration = Integration(settings, counted, Clock(ts, self.method.lands), rows, Stats("fused", "", ""))
+        settings = dataclasses.replace(self.kind.settings, grid=grid)
+        clock = Clock(ts, self.task.job.method.lands)
+        integration = Integration(settings, counted, clock, rows, Stats("fused", "", ""))
         integration.run()
         return torch.stack(integration.outputs)
 
@@ -247,14 +307,19 @@ def _differentiable(solve: _Solve, kernel: CPUSolve | CUDASolve, inputs: list[to
                     needed: Sequence[bool]) -> list[torch.Tensor | None]:  # fmt: skip
     """The gradients with a graph of their own."""
     rows, ts, *given = inputs
-    sizes = kernel.sizes() if solve.task.grid is None and not solve.by_sample else []
+    sizes = kernel.sizes() if solve.task.grid is None and not solve.kind.by_sample else []
     ys = solve.again(rows, ts, given, sizes)
     wanted = [x for x, n in zip(inputs, needed, strict=True) if n]
     found = iter(torch.autograd.grad(ys, wanted, cotangent, create_graph=True, allow_unused=True))
     return [next(found) if n else None for n in needed]
 
 
-def _ends(times: list[float], sizes: list[float]) -> list[float]:
+@functools.lru_cache(maxsize=64)
+def _sizes(grid: tuple[float, ...]) -> list[float]:
+    return [abs(b - a) for a, b in itertools.pairwise(grid)]
+
+
+def _ends(times: list[float], sizes: list[float]) -> tuple[float, ...]:
     """The ends of the steps, as the kernels came to them."""
     direction = 1.0 if times[-1] > times[0] else -1.0
     ends = [times[0]]
@@ -262,7 +327,7 @@ def _ends(times: list[float], sizes: list[float]) -> list[float]:
         end = ends[-1] + direction * size
         near = [t for t in times if abs(t - end) <= 1e-12 * max(abs(end), size)]
         ends.append(near[0] if near else end)
-    return ends
+    return tuple(ends)
 
 
 @functools.lru_cache(maxsize=64)

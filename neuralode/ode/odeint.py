@@ -129,7 +129,7 @@ def _served(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None
         return None
     if name in METHODS and takes_fixed_steps(name):
         if options.get("step_size") is None:
-            options.setdefault("grid_constructor", lambda f, y, t: t)
+            options.setdefault("grid_constructor", _the_times)
         options.setdefault("interp", "linear")
     limit = options.pop("max_num_steps", None)
     try:
@@ -140,6 +140,11 @@ def _served(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None
     except (UsageError, TypeError, ValueError):
         return None
     return None if unable(config) else config
+
+
+def _the_times(func: Any, y0: Any, t: torch.Tensor) -> torch.Tensor:
+    """torchdiffeq's grid where no step size is given."""
+    return t
 
 
 def _regular(y0: Any, t: Any) -> bool:

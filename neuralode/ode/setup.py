@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -92,7 +93,7 @@ def begin(field: Field, y0: State, y: torch.Tensor, ts: torch.Tensor, config: So
         return RowIntegration(settings, counted, clock, y, stats, step, chunk)
     grid = fixed_grid(config, field, y0, ts)
     settings = settings_of(config, packing, grid, keep_dense)
-    lands = not settings.method.interpolates or grid == host_values(ts)
+    lands = not settings.method.interpolates or grid == tuple(host_values(ts))
     return Integration(settings, counted, Clock(ts, lands), y, stats)
 
 
@@ -109,7 +110,7 @@ def _fits_one_row(config: SolverConfig, packing: Packing) -> bool:
     )
 
 
-def settings_of(config: SolverConfig, packing: Packing, grid: list[float] | None, keep_dense: bool) -> Settings:
+def settings_of(config: SolverConfig, packing: Packing, grid: tuple[float, ...] | None, keep_dense: bool) -> Settings:
     options = config.options
     first = options.get("first_step")
     return Settings(
@@ -136,23 +137,23 @@ def adjoint_settings(config: SolverConfig, integration: Integration) -> AdjointS
     rtol, atol = config.adjoint_rtol or config.rtol, config.adjoint_atol or config.atol
     step = config.options.get("step_size", config.step_size)
 
-    def grid_between(start: float, end: float) -> list[float] | None:
+    def grid_between(start: float, end: float) -> tuple[float, ...] | None:
         if forward.grid is None:
             return None
-        return [start, end] if step is None else even_grid([start, end], float(step))
+        return (start, end) if step is None else even_grid((start, end), float(step))
 
     settings = replace(forward, tolerance=Tolerance(rtol, atol), keep_dense=False, estimates=False)
     return AdjointSettings(settings, grid_between, config.adjoint_seminorm, config.adjoint_interpolated)
 
 
-def fixed_grid(config: SolverConfig, field: Field, y0: State, ts: torch.Tensor) -> list[float] | None:
+def fixed_grid(config: SolverConfig, field: Field, y0: State, ts: torch.Tensor) -> tuple[float, ...] | None:
     """The ends of the steps of a fixed-step method: every `step_size`, as the caller constructs them, or `ts`."""
     if METHODS[config.method].adaptive:
         return None
-    times = host_values(ts)
+    times = tuple(host_values(ts))
     step = config.options.get("step_size", config.step_size)
     if "grid_constructor" in config.options:
-        grid = host_values(config.options["grid_constructor"](field, y0, ts))
+        grid = tuple(host_values(config.options["grid_constructor"](field, y0, ts)))
         if grid[0] != times[0] or grid[-1] != times[-1]:
             raise UsageError("the grid of grid_constructor has to begin at the first time of t and to end at the last.")
         return grid
@@ -161,8 +162,9 @@ def fixed_grid(config: SolverConfig, field: Field, y0: State, ts: torch.Tensor) 
     return even_grid(times, float(step))
 
 
-def even_grid(times: list[float], step: float) -> list[float]:
+@functools.lru_cache(maxsize=64)
+def even_grid(times: tuple[float, ...], step: float) -> tuple[float, ...]:
     """From the first to the last time in equal steps, the last of them cut to fit."""
     span = times[-1] - times[0]
     count = max(1, math.ceil(abs(span) / step - 1e-9))
-    return [times[0] + math.copysign(i * step, span) for i in range(count)] + [times[-1]]
+    return (*(times[0] + math.copysign(i * step, span) for i in range(count)), times[-1])

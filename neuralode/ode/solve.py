@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -167,9 +168,13 @@ def _times(t: torch.Tensor | Sequence[float], like: torch.Tensor) -> torch.Tenso
     if not ts.is_floating_point():
         raise UsageError(f"t is of type {ts.dtype}; give times in floating point, for example t.float().")
     for values in [host_values(ts)] if ts.dim() == 1 else host_values(ts):
-        gaps = [b - a for a, b in itertools.pairwise(values)]
-        if all(map(math.isfinite, values)) and (min(gaps) > 0 or max(gaps) < 0):
-            continue
-        shown = ", ".join(f"{value:g}" for value in values[:6]) + (", ..." if len(values) > 6 else "")
-        raise UsageError(f"t is [{shown}]; the times have to be finite and strictly rising or strictly falling.")
+        _check_order(tuple(values))
     return ts
+
+
+@functools.lru_cache(maxsize=64)
+def _check_order(times: tuple[float, ...]) -> None:
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    if not (all(map(math.isfinite, times)) and (min(gaps) > 0 or max(gaps) < 0)):
+        shown = ", ".join(f"{time:g}" for time in times[:6]) + (", ..." if len(times) > 6 else "")
+        raise UsageError(f"t is [{shown}]; the times have to be finite and strictly rising or strictly falling.")

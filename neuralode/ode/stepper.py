@@ -41,7 +41,7 @@ class Settings:
     max_steps_between: int | None = None
     """Attempts allowed from one output time to the next."""
     first_step: float | None = None
-    grid: list[float] | None = None
+    grid: tuple[float, ...] | None = None
     """The steps' ends, where the caller chose them."""
     estimates: bool = False
     """Sum up the error and stiffness estimates, differentiably."""
@@ -138,7 +138,7 @@ class Integration:
             if pause is not None and pause():
                 return
 
-    def _walk(self, grid: list[float]) -> None:
+    def _walk(self, grid: tuple[float, ...]) -> None:
         """Takes the steps of a given grid, with as little as possible around the field."""
         if len(grid) - 1 > self.settings.max_steps:
             raise Failure(Status.MAX_STEPS, self.t, self.y, grid[1] - grid[0])

@@ -11,7 +11,7 @@ from neuralode.kernels import library as builds
 from neuralode.kernels.cpu import CPUSolve
 from neuralode.kernels.cuda.solve import CUDASolve, Machine
 from neuralode.kernels.library import Library
-from neuralode.kernels.task import SUCCESS, LimitsData, Task
+from neuralode.kernels.task import SUCCESS, Job, LimitsData, Task
 from neuralode.ode import tableaus, tableaus_order8
 from neuralode.ode.fused_engine import method_data
 from neuralode.ode.tableaus import Tableau
@@ -61,13 +61,13 @@ def compare(
     weights = torch.randn(solution.ys.shape, generator=generator, dtype=torch.float64)
     inputs = [y0, *tensors, *([ts] if gradient_of_ts else [])]
     expected = torch.autograd.grad((solution.ys * weights).sum(), inputs, allow_unused=True)
-    grid = [first + i * (end - first) / steps for i in range(steps)] + [end] if steps else None
+    grid = (*(first + i * (end - first) / steps for i in range(steps)), end) if steps else None
     interpolates = tableau.interpolant_order >= tableau.order - 1
-    task = Task(
-        program, tensors, y0.detach(), ts.detach(), method_data(tableau, lands=not interpolates and not per_sample),
-        limits(rtol, rtol / 10), (0,) * program.width, grid, per_sample, None, True, (True,) * len(tensors),
-        gradient_of_ts, budget,
+    job = Job(
+        program, method_data(tableau, lands=not interpolates and not per_sample), limits(rtol, rtol / 10),
+        (0,) * program.width, per_sample, True, (True,) * len(tensors), gradient_of_ts, budget,
     )  # fmt: skip
+    task = Task(job, tensors, y0.detach(), ts.detach(), grid)
     solve = CUDASolve(machine, task) if machine else CPUSolve(loaded(build or BUILDS[0]), task)
     report = solve.forward()
     assert report.status == SUCCESS

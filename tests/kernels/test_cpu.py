@@ -11,7 +11,7 @@ import torch
 from neuralode.kernels import library as builds
 from neuralode.kernels.cpu import CPUSolve
 from neuralode.kernels.program import UNARY
-from neuralode.kernels.task import MISMATCH, SUCCESS, Task
+from neuralode.kernels.task import MISMATCH, SUCCESS, Job, Task
 from neuralode.ode import tableaus
 from neuralode.ode.fused_engine import method_data
 from neuralode.ode.tableaus import Tableau
@@ -102,9 +102,9 @@ def test_a_budget_bounds_what_is_kept() -> None:
     y0 = torch.randn(64, 2, dtype=torch.float64)
     kept = []
     for budget in (0, 300_000, 2**31):
-        task = Task(program, tensors, y0, torch.tensor([0.0, 1.0]).double(), method_data(tableaus.RK4),
-                    limits(1.0, 1.0), (0, 0), [i / 20 for i in range(21)], records=True,
-                    wants_gradient=(True,) * 6, budget=budget)  # fmt: skip
+        job = Job(program, method_data(tableaus.RK4), limits(1.0, 1.0), (0, 0), records=True,
+                  wants_gradient=(True,) * 6, budget=budget)  # fmt: skip
+        task = Task(job, tensors, y0, torch.tensor([0.0, 1.0]).double(), tuple(i / 20 for i in range(21)))
         kept.append(CPUSolve(loaded(BUILDS[0]), task).forward().kept_bytes)
     state = 20 * 64 * 2 * 8  # bytes of the states at the starts of the steps
     assert kept[0] < 3 * state
@@ -114,8 +114,8 @@ def test_a_budget_bounds_what_is_kept() -> None:
 def test_one_thread_and_two_agree() -> None:
     program, tensors = mlp(2, [16], 200)
     y0 = torch.randn(200, 2, dtype=torch.float64)
-    task = Task(program, tensors, y0, torch.tensor([0.0, 1.0]).double(), method_data(tableaus.DOPRI5),
-                limits(1e-4, 1e-5), (0, 0))  # fmt: skip
+    job = Job(program, method_data(tableaus.DOPRI5), limits(1e-4, 1e-5), (0, 0))
+    task = Task(job, tensors, y0, torch.tensor([0.0, 1.0]).double())
     before = torch.get_num_threads()
     try:
         found = []
@@ -137,8 +137,8 @@ def test_a_program_that_is_not_the_field_is_noticed() -> None:
     for error, status in ((0.0, SUCCESS), (1e-5, MISMATCH)):
         wrong = slope.clone()
         wrong[37, 1] += error
-        task = Task(program, tensors, y0, torch.tensor([0.0, 1.0]).double(), method_data(tableaus.DOPRI5),
-                    limits(1e-4, 1e-5), (0, 0), slope=wrong)  # fmt: skip
+        job = Job(program, method_data(tableaus.DOPRI5), limits(1e-4, 1e-5), (0, 0))
+        task = Task(job, tensors, y0, torch.tensor([0.0, 1.0]).double(), slope=wrong)
         assert CPUSolve(loaded(BUILDS[0]), task).forward().status == status
 
 
@@ -156,8 +156,8 @@ def test_functions_are_as_accurate_as_the_precision_allows(kind: str, build: str
     x = x.to(dtype).reshape(-1, 1)
     constants = UNARY_CONSTANTS.get(kind, ())
     program = Program(1, (Operation("rows", (), 1, (0,)), Operation(kind, (2,), 1, (), constants)), 3, ((-1, 1),))
-    task = Task(program, [x], torch.zeros_like(x), torch.tensor([0.0, 1.0]).double(), method_data(tableaus.EULER),
-                limits(1.0, 1.0), (0,), [0.0, 1.0])  # fmt: skip
+    job = Job(program, method_data(tableaus.EULER), limits(1.0, 1.0), (0,))
+    task = Task(job, [x], torch.zeros_like(x), torch.tensor([0.0, 1.0]).double(), (0.0, 1.0))
     solve = CPUSolve(loaded(build), task)
     solve.forward()
     exact = UNARY[kind](x.double(), *constants)

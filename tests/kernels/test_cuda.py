@@ -12,7 +12,7 @@ import neuralode
 from neuralode.kernels.cuda.shim import Shim
 from neuralode.kernels.cuda.solve import CUDASolve
 from neuralode.kernels.program import STATE, UNARY
-from neuralode.kernels.task import MISMATCH, Task
+from neuralode.kernels.task import MISMATCH, Job, Task
 from neuralode.nn import MLPField
 from neuralode.ode import fused_engine, tableaus
 from neuralode.ode.fused_engine import method_data
@@ -133,8 +133,6 @@ def _state(case: Case, rows: int) -> torch.Tensor:
 
 def _task(case: Case, rows: int, slope: torch.Tensor | None = None) -> Task:
     program, tensors = case
-    return Task(
-        program, tensors, _state(case, rows), torch.tensor([0.0, 1.0]).double(), method_data(tableaus.DOPRI5),
-        limits(1e-4, 1e-5), (0,) * program.width, slope=slope, records=True, wants_gradient=(True,) * len(tensors),
-        budget=2**31,
-    )  # fmt: skip
+    job = Job(program, method_data(tableaus.DOPRI5), limits(1e-4, 1e-5), (0,) * program.width, records=True,
+              wants_gradient=(True,) * len(tensors), budget=2**31)  # fmt: skip
+    return Task(job, tensors, _state(case, rows), torch.tensor([0.0, 1.0]).double(), slope=slope)

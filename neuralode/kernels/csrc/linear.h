@@ -94,7 +94,13 @@ inline void weight_gradient(const T* g, int outputs, const T* x, int stride, T* 
     int k = 0;
     for (; k + GRAD_INPUTS * N <= stride; k += GRAD_INPUTS * N)
         gradient_columns<GRAD_INPUTS>(g, outputs, x + k, stride, total + k, ahead);
-    for (; k < stride; k += N) gradient_columns<1>(g, outputs, x + k, stride, total + k, ahead);
+    static_assert(GRAD_INPUTS == 4);
+    switch ((stride - k) / N) {
+        case 1: return gradient_columns<1>(g, outputs, x + k, stride, total + k, ahead);
+        case 2: return gradient_columns<2>(g, outputs, x + k, stride, total + k, ahead);
+        case 3: return gradient_columns<3>(g, outputs, x + k, stride, total + k, ahead);
+        default: return;
+    }
 }
 
 // The same for few inputs: the lanes are summed at the very end, total [outputs][inputs][lanes].

@@ -60,9 +60,10 @@ class CUDASolve(ctypes.Structure):
         self.machine, self.task = machine, task
         rows, width = task.y0.shape
         self.ys = task.y0.new_empty(task.ts.shape[-1], rows, width)
-        steps = "GIVEN" if task.grid is not None else "OWN" if task.per_sample else "SHARED"
-        wants = task.wants_gradient or (False,) * len(task.tensors)
-        self.variant = Variant(task.program, wants, task.method, steps, task.groups, task.y0.dtype, self._keeps(steps),
+        self.job = job = task.job
+        steps = "GIVEN" if task.grid is not None else "OWN" if job.per_sample else "SHARED"
+        wants = job.wants_gradient or (False,) * len(task.tensors)
+        self.variant = Variant(job.program, wants, job.method, steps, job.groups, task.y0.dtype, self._keeps(steps),
                                machine.shared_limit(task.y0.device))  # fmt: skip
         self.layout: Layout = layout_of(self.variant)
         self.report = Report()
@@ -72,8 +73,8 @@ class CUDASolve(ctypes.Structure):
     def _keeps(self, steps: str) -> bool:
         """Whether the states of all stages fit into the budget."""
         count = len(self.task.grid or ()) or _FIRST_ROOM
-        size = count * len(self.task.method.c) * self.task.y0.numel() * self.task.y0.element_size()
-        return size <= self.task.budget
+        size = count * len(self.job.method.c) * self.task.y0.numel() * self.task.y0.element_size()
+        return size <= self.job.budget
 
     def forward(self) -> Report:
         """Solves; the states are in `ys`, [T, B, D]."""
@@ -82,7 +83,7 @@ class CUDASolve(ctypes.Structure):
         layout = self.layout
         p.rows, p.tiles = rows, -(-rows // layout.rows_of_block)
         p.times, p.times_per_sample = task.ts.shape[-1], task.ts.dim() == 2
-        p.limits = Limits(*vars(task.limits).values())
+        p.limits = Limits(*vars(self.job.limits).values())
         tensors = [x.detach() for x in task.tensors]
         device = task.y0.device
         self._give(y0=task.y0, ys=self.ys, ts=task.ts.to(device), tensors=layout.pack(tensors, task.y0),
@@ -91,8 +92,8 @@ class CUDASolve(ctypes.Structure):
             self._give(slope=task.slope)
         shared = self.variant.steps == "SHARED"
         if shared:
-            slopes = len(task.method.c) + (0 if task.method.fsal else 1)
-            parts = 2 * p.tiles * (max(task.groups) + 1)
+            slopes = len(self.job.method.c) + (0 if self.job.method.fsal else 1)
+            parts = 2 * p.tiles * (max(self.job.groups) + 1)
             self._give(parts=torch.zeros(parts, dtype=torch.double, device=device),
                        workspace=task.y0.new_empty(p.tiles * (2 + slopes) * width * layout.rows_of_block))  # fmt: skip
         room = len(task.grid) - 1 if task.grid is not None else _FIRST_ROOM
@@ -108,8 +109,8 @@ class CUDASolve(ctypes.Structure):
         rows, width = task.y0.shape
         device, variant = task.y0.device, self.variant
         p.steps = room
-        if task.records:
-            stages = (len(task.method.c) - task.method.fsal) if variant.keep_stages else 1
+        if self.job.records:
+            stages = (len(self.job.method.c) - self.job.method.fsal) if variant.keep_stages else 1
             each = rows if variant.steps == "OWN" else 1
             self._give(
                 stages=task.y0.new_empty(room * stages * rows * width), end_state=task.y0.new_empty(rows * width),
@@ -151,14 +152,14 @@ class CUDASolve(ctypes.Structure):
                 found.append(grad_rows[:, layout.rows[i] : layout.rows[i] + layout.size(i)].reshape(x.shape))
             else:
                 found.append(sums[layout.sums[i] : layout.sums[i] + layout.size(i)].reshape(x.shape))
-        stages = len(task.method.c) - task.method.fsal
+        stages = len(self.job.method.c) - self.job.method.fsal
         self.report.products = self.report.accepted * stages
         return (grad_y0 if wants_y0 else None), found, None
 
     def take_states(self) -> torch.Tensor:
         """The states [T, B, D], handed over: a graph that owns this solve must not be owned by it through them."""
-        ys, self.ys = self.ys, self.ys.new_empty(0)
-        del self._kept["ys"]
+        ys = self.ys
+        del self.ys, self._kept["ys"]
         return ys
 
     def sizes(self) -> list[float]:
