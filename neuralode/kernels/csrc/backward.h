@@ -316,17 +316,21 @@ inline void Solve::collect(void* const* grad_tensors, double* grad_times) {
             continue;
         }
         const bool wide = tensor.packed && !tensor.narrow();
-        for (int j = 0; j < tensor.outputs; j++)
-            for (int k = 0; k < tensor.inputs; k++) {
-                double sum = 0;
-                for (int t = 0; t < team.count; t++) {
-                    const T* total = workers[t]->gradients.total[i];
-                    if (wide) sum += total[j * tensor.stride() + k];
-                    else
-                        for (int l = 0; l < LANES; l++) sum += total[(j * tensor.inputs + k) * LANES + l];
-                }
-                to[j * tensor.inputs + k] = T(sum);
+        const int lanes = wide ? 1 : LANES, columns = wide ? tensor.stride() : tensor.inputs;
+        std::vector<double> row(columns);
+        for (int j = 0; j < tensor.outputs; j++) {
+            std::fill(row.begin(), row.end(), 0.0);
+            for (int t = 0; t < team.count; t++) {
+                const T* total = workers[t]->gradients.total[i] + (int64_t)j * columns * lanes;
+                if (wide)
+                    for (int k = 0; k < columns; k++) row[k] += total[k];
+                else
+                    for (int k = 0; k < columns; k++)
+                        for (int l = 0; l < LANES; l++) row[k] += total[k * LANES + l];
             }
+            std::transform(row.begin(), row.begin() + tensor.inputs, to + (int64_t)j * tensor.inputs,
+                           [](double x) { return T(x); });
+        }
     }
     report.products = 0;
     for (Tile& tile : state) report.products = std::max(report.products, tile.products), tile.products = 0;

@@ -61,8 +61,7 @@ inline Vec tanh(Vec x) {
     if constexpr (SINGLE) {
         // odd rational function of degree 9 over 8, minimax in relative error on [0, 8.3]; a NaN stays one
         const T edge = T(8.3);
-        Vec c = select(x > edge, Vec{} + edge, x);
-        c = select(c < -edge, Vec{} - edge, c);
+        Vec c = maximum(Vec{} - edge, minimum(Vec{} + edge, x));
         Vec u = c * c;
         Vec p = u * T(1.464849703e-08) + T(2.150866854e-05), q = u * T(8.295206218e-07) + T(3.373967678e-04);
         p = p * u + T(3.549179703e-03), q = q * u + T(2.607998993e-02);

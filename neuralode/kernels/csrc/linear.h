@@ -103,7 +103,7 @@ inline void weight_gradient(const T* g, int outputs, const T* x, int stride, T* 
     }
 }
 
-// The same for few inputs: the lanes are summed at the very end, total [outputs][inputs][lanes].
+// The same for few inputs or outputs: the lanes are summed at the very end, total [outputs][inputs][lanes].
 inline void narrow_gradient(const Vec* g, int outputs, const Vec* x, int inputs, Vec* total) {
     for (int j = 0; j < outputs; j++, g += VECS)
         for (int k = 0; k < inputs; k++, total++) {

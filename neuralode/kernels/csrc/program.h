@@ -7,7 +7,7 @@
 
 namespace neuralode::PRECISION {
 
-constexpr int NARROW = 4;  // inputs up to which the gradient of a weight keeps its lanes apart
+constexpr int NARROW = 4;  // inputs, or outputs, up to which the gradient of a weight keeps its lanes apart
 
 struct Tensor {
     int outputs = 0, inputs = 1;  // [outputs, inputs] for a weight, else [outputs]
@@ -16,7 +16,7 @@ struct Tensor {
     T* transposed = nullptr;      // and for the reverse
     bool by_row = false;          // one row a sample; data is [tiles][outputs][TILE]
     bool wants_gradient = false;
-    bool narrow() const { return inputs <= NARROW; }
+    bool narrow() const { return inputs <= NARROW || (outputs <= NARROW && inputs <= 256); }
     int stride() const { return (inputs + LANES - 1) / LANES * LANES; }
 };
 

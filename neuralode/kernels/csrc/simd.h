@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -39,8 +39,23 @@ constexpr int LANES = BYTES / sizeof(T);
 constexpr int VECS = TILE / LANES;  // vectors of one feature of a tile
 
 inline Vec select(Ints where, Vec yes, Vec no) { return where ? yes : no; }
+
+// The smaller and the larger of two; b where one is NaN. GCC does not find the instructions by itself.
+#if defined(__AVX512F__)
+#define BY(op) SINGLE ? (Vec)_mm512_##op##_ps((__m512)a, (__m512)b) : (Vec)_mm512_##op##_pd((__m512d)a, (__m512d)b)
+inline Vec minimum(Vec a, Vec b) { return BY(min); }
+inline Vec maximum(Vec a, Vec b) { return BY(max); }
+#undef BY
+#elif defined(__AVX2__)
+#define BY(op) SINGLE ? (Vec)_mm256_##op##_ps((__m256)a, (__m256)b) : (Vec)_mm256_##op##_pd((__m256d)a, (__m256d)b)
+inline Vec minimum(Vec a, Vec b) { return BY(min); }
+inline Vec maximum(Vec a, Vec b) { return BY(max); }
+#undef BY
+#else
 inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+#endif
+
 inline Vec absolute(Vec x) { return (Vec)((Ints)x & ~(Int(1) << (8 * sizeof(T) - 1))); }
 
 inline Vec inverse(Vec x) {
