@@ -118,7 +118,7 @@ class _Kind:
         assert isinstance(method, RungeKutta)
         self.method, self.fixed = method, not method.adaptive
         self.outputs = ts.shape[-1]
-        self.limits = _limits(self.settings)
+        self.limits = limits_of(self.settings)
         self.budget = 0 if config.checkpoint == "always" else config.memory_budget
         self._jobs: dict[Any, Job] = {}
 
@@ -340,7 +340,7 @@ def method_data(tableau: Any, linear: bool = False, lands: bool = False) -> Meth
     )  # fmt: skip
 
 
-def _limits(settings: Settings) -> LimitsData:
+def limits_of(settings: Settings) -> LimitsData:
     control = settings.controller
     return LimitsData(
         settings.tolerance.rtol, settings.tolerance.atol, control.integral, control.proportional, control.derivative,

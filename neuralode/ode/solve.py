@@ -59,7 +59,8 @@ def solve(
         method, rtol, atol, step_size, options, controller, checkpoint, memory_budget, estimates, max_steps: as in
             `SolverConfig`.
         engine: `auto`, `fused` (the whole solve in compiled kernels), `stepper` (any field) or `torchdiffeq`; the
-            statistics say which ran and why.
+            statistics say which ran and why. On a GPU, `auto` records the steps of a field that the kernels do not know
+            as a CUDA graph, from the second solve of a kind on: `captured`.
         gradient: `exact` differentiates the discrete solve on its accepted steps; `adjoint` solves the continuous
             adjoint equation backwards (Chen et al. 2018, "Neural Ordinary Differential Equations").
         per_sample: each sample takes steps of its own; the field then receives t as [B, 1, ..., 1], which broadcasts

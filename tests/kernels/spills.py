@@ -21,6 +21,7 @@ from torch import nn
 
 from neuralode.kernels.cuda.compiler import HEADERS
 from neuralode.kernels.cuda.source import STEPS, Variant, write_source
+from neuralode.kernels.cuda.stages import write_stages
 from neuralode.kernels.lower import lower
 from neuralode.ode.fused_engine import method_data
 from neuralode.ode.tableaus import DOPRI5
@@ -80,6 +81,8 @@ def report() -> list[Found]:
     """
     tasks = [(f"{name}, {'backward' if back else 'forward'}", write_source(variant, back))
              for name, variant in _variants() for back in (False, True)]  # fmt: skip
+    tasks += [(f"operations of a step, {dtype}", write_stages(method_data(DOPRI5), dtype))
+              for dtype in (torch.float32, torch.float64)]  # fmt: skip
     with ThreadPoolExecutor(2) as pool:
         return [found for one in pool.map(lambda task: _compile(*task), tasks) for found in one]
 

@@ -8,7 +8,6 @@ import functools
 import torch
 
 from neuralode.kernels.cuda.compiler import compiled
-from neuralode.kernels.cuda.solve import Problem
 
 _MOST_SHARED_BYTES = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"""
@@ -46,7 +45,7 @@ class _GPUKernel:
             self._resident[shared_bytes] = max(1, count.value) * _attribute(_MULTIPROCESSORS, self.device)
         return min(wanted, self._resident[shared_bytes])
 
-    def launch(self, blocks: int, shared_bytes: int, problem: Problem, together: bool) -> None:
+    def launch(self, blocks: int, shared_bytes: int, problem: ctypes.Structure, together: bool) -> None:
         self._allow(shared_bytes)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(problem))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)

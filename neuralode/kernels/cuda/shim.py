@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 
-from neuralode.kernels.cuda.solve import Problem
-
 HEADERS = Path(__file__).parents[1] / "csrc"
 _MAIN = """
 extern "C" void run(const void* problem, int blocks, int threads, int shared, int backwards) {{
@@ -42,7 +40,7 @@ class _ShimKernel:
     def blocks(self, wanted: int, shared_bytes: int, together: bool) -> int:
         return min(wanted, self.shim.most_blocks)
 
-    def launch(self, blocks: int, shared_bytes: int, problem: Problem, together: bool) -> None:
+    def launch(self, blocks: int, shared_bytes: int, problem: ctypes.Structure, together: bool) -> None:
         self.library.run(ctypes.byref(problem), blocks, self.threads, shared_bytes, self.shim.backwards)
 
 

@@ -201,11 +201,11 @@ def write_source(variant: Variant, backward: bool) -> str:
         "SHARED_SUMS": memory.fits["sums"], **{f"FITS_{name}": fits for name, fits in memory.fits.items()},
     }  # fmt: skip
     tables = [
-        _table("double", "c", method.c), _table("T", "a", square), _table("T", "b", method.b),
-        _table("T", "error", method.error or [0.0] * stages),
-        _table("T", "error_low", method.error_low or [0.0] * stages),
-        _table("double", "interpolant", method.interpolant or [[0.0]] * stages),
-        _table("int", "group", variant.groups), _table("int", "group_size", sizes),
+        table("double", "c", method.c), table("T", "a", square), table("T", "b", method.b),
+        table("T", "error", method.error or [0.0] * stages),
+        table("T", "error_low", method.error_low or [0.0] * stages),
+        table("double", "interpolant", method.interpolant or [[0.0]] * stages),
+        table("int", "group", variant.groups), table("int", "group_size", sizes),
     ]  # fmt: skip
     names = {"WARPS": layout.warps if layout.tiled else 1, "THREADS": layout.threads, "OVERFLOW": memory.overflow}
     return "\n".join([
@@ -247,7 +247,7 @@ def _number(x: float) -> str:
     return {math.inf: "INFINITY", -math.inf: "-INFINITY"}.get(x, repr(float(x)))
 
 
-def _table(kind: str, name: str, values: Sequence[object]) -> str:
+def table(kind: str, name: str, values: Sequence[object]) -> str:
     def text(value: object) -> str:
         if isinstance(value, list | tuple):
             return "{" + ", ".join(text(v) for v in value) + "}"

@@ -41,6 +41,14 @@ DEVICE void meet_all(unsigned* tickets) {
     __syncthreads();
 }
 
+// Whether this is the last block to come here, which then sees what the others wrote before.
+DEVICE bool last_block(unsigned* tickets) {
+    __threadfence();
+    const bool last = __syncthreads_or(threadIdx.x == 0 && atomicAdd(tickets, 1u) % gridDim.x == gridDim.x - 1);
+    __threadfence();
+    return last;
+}
+
 DEVICE void raise(int* status, int value) { atomicMax(status, value); }
 
 }  // namespace neuralode

@@ -108,6 +108,10 @@ inline void meet_all(unsigned* tickets) {
     while (*tickets < last) shim::wait();
 }
 
+inline bool last_block(unsigned* tickets) {
+    return meet_or(thread() == 0 && (*tickets)++ % blocks() == (unsigned)blocks() - 1);
+}
+
 inline void raise(int* status, int value) { *status = value > *status ? value : *status; }
 
 }  // namespace neuralode

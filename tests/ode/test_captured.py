@@ -1,0 +1,264 @@
+"""Recorded steps, with the shim in the place of a GPU: what is recorded is then simply done again."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchdiffeq
+from torch import nn
+
+import neuralode
+from neuralode.kernels.cuda.shim import Shim
+from neuralode.ode import SolveError, captured, fastest, solve
+from tests.ode.test_fused_engine import draw, leaf
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+SHIM = Shim()
+EXACTLY = {"rtol": 1e-8, "atol": 1e-10}
+NEARLY = {"rtol": 1e-6, "atol": 1e-8}
+"""For the choice of the first step, by a difference of slopes, takes the last digits into account."""
+
+
+@pytest.fixture(autouse=True)
+def on_the_shim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "machine", lambda: SHIM)
+    monkeypatch.setattr(fastest, "RECORDS", {"cpu"})
+
+
+class Normed(nn.Module):
+    """A field that the kernels do not know."""
+
+    def __init__(self, width: int = 3):
+        super().__init__()
+        self.norm, self.layer, self.scale = nn.LayerNorm(width), nn.Linear(width, width), 1.0
+        self.double()
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.scale * torch.tanh(self.layer(self.norm(y))) * torch.cos(t) - 0.3 * y
+
+
+def outcome(field: Any, y0: torch.Tensor, engine: str, t: Any = (0.0, 2.0), **kwargs: Any) -> tuple[Any, Any, Any]:
+    wanted = [x for x in (y0, *field.parameters()) if x.requires_grad]
+    solution = solve(field, y0, t, engine=engine, **kwargs)
+    gradients = torch.autograd.grad(solution.ys.square().sum(), wanted) if wanted else ()
+    return solution.ys.detach(), gradients, solution.stats
+
+
+def same(field: Any, y0: torch.Tensor, engine: str = "captured", **kwargs: Any) -> Any:
+    """Compares the third solve, of which the second has recorded the steps, with the stepper's."""
+    for _ in range(3):
+        ys, gradients, stats = outcome(field, y0, "auto", **kwargs)
+    wanted_ys, wanted, by_stepper = outcome(field, y0, "stepper", **kwargs)
+    assert stats.engine == engine, stats.reason
+    tolerance = EXACTLY if "first_step" in kwargs.get("options", {}) else NEARLY
+    torch.testing.assert_close(ys, wanted_ys, **tolerance)
+    torch.testing.assert_close(gradients, wanted, **tolerance)
+    assert (stats.accepted, stats.rejected) == (by_stepper.accepted, by_stepper.rejected)
+    torch.testing.assert_close(stats.step_sizes, by_stepper.step_sizes, rtol=1e-6, atol=0.0)
+    return stats
+
+
+@pytest.mark.parametrize("t", [(0.0, 2.0), (1.0, -1.0)], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("method", ["adaptive_heun", "fehlberg2", "bosh3", "dopri5", "tsit5", "dopri8"])
+def test_every_method(method: str, t: Any) -> None:
+    stats = same(Normed(), leaf(5, 3), t=t, method=method, rtol=1e-3, atol=1e-4, options={"first_step": 0.3})
+    assert stats.reason.startswith("not the kernels: ")
+
+
+@pytest.mark.parametrize("kwargs", [
+    {"controller": "PI"}, {"controller": "PID", "rtol": 1e-6, "atol": 1e-7}, {"options": {"first_step": 1.5}},
+    {"options": {"safety": 0.8, "ifactor": 4.0, "dfactor": 0.3}}, {"rtol": 1e-9, "atol": 1e-10},
+], ids=str)  # fmt: skip
+def test_control(kwargs: dict[str, Any]) -> None:
+    stats = same(Normed(), leaf(5, 3), **kwargs)
+    if "rtol" in kwargs:
+        assert stats.accepted > captured.CHUNK
+
+
+def test_rejected_steps() -> None:
+    field = Normed()
+    field.scale = 30.0
+    assert same(field, leaf(5, 3), options={"first_step": 1.0}, rtol=1e-6, atol=1e-7).rejected > 0
+
+
+def test_what_has_no_gradient() -> None:
+    field = Normed()
+    same(field, draw(5, 3))
+    same(field.requires_grad_(False), leaf(5, 3))
+    with torch.no_grad():
+        for _ in range(3):
+            solution = solve(field, draw(5, 3), [0.0, 1.0])
+    assert solution.stats.engine == "captured"
+
+
+def test_images_and_single_precision() -> None:
+    class Convolved(nn.Conv2d):
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return torch.tanh(super().forward(y))
+
+    field = Convolved(2, 2, 3, padding=1)
+    y0 = draw(3, 2, 4, 4).float().requires_grad_()
+    for _ in range(3):
+        ys, gradients, stats = outcome(field, y0, "auto")
+    wanted_ys, wanted, _ = outcome(field, y0, "stepper")
+    assert stats.engine == "captured"
+    torch.testing.assert_close(ys, wanted_ys)
+    torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_training() -> None:
+    losses: dict[str, list[float]] = {"auto": [], "stepper": []}
+    for engine, said in losses.items():
+        torch.manual_seed(0)
+        field = Normed()
+        optimizer = torch.optim.Adam(field.parameters(), lr=0.05)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = (solve(field, draw(20, 3), [0.0, 1.0], engine=engine).final - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            said.append(loss.item())
+    assert losses["auto"] == pytest.approx(losses["stepper"], rel=1e-6)
+
+
+def test_solves_whose_backward_passes_come_later() -> None:
+    field, states = Normed(), [leaf(5, 3), leaf(5, 3)]
+    same(field, states[0])
+    found = [solve(field, y0, [0.0, 2.0]).ys.square().sum() for y0 in states]
+    both = torch.autograd.grad(sum(found), states)  # type: ignore[arg-type]
+    for y0, gradient in zip(states, both, strict=True):
+        torch.testing.assert_close(gradient, outcome(field, y0, "stepper")[1][0], **NEARLY)
+
+
+def _swap(field: Normed) -> None:
+    field.layer.weight.data = field.layer.weight.data * 2
+
+
+def _exchange(field: Normed) -> None:
+    field.layer = nn.Linear(3, 3).double()
+
+
+def _rescale(field: Normed) -> None:
+    field.scale = 0.1
+
+
+def _update(field: Normed) -> None:
+    with torch.no_grad():
+        field.layer.weight.mul_(3)
+
+
+def _freeze(field: Normed) -> None:
+    field.layer.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [_swap, _exchange, _rescale, _update, _freeze])
+def test_a_field_that_changes_is_recorded_again(change: Callable[[Normed], None]) -> None:
+    field, y0 = Normed(), leaf(5, 3)
+    same(field, y0)
+    change(field)
+    ys, gradients, stats = outcome(field, y0, "auto")
+    wanted_ys, wanted, _ = outcome(field, y0, "stepper")
+    assert stats.engine == "captured"
+    torch.testing.assert_close(ys, wanted_ys, **NEARLY)
+    torch.testing.assert_close(gradients, wanted, **NEARLY)
+
+
+class Counts(Normed):
+    nfe = 0
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.nfe += 1
+        return super().forward(t, y)
+
+
+class Drops(Normed):
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return super().forward(t, nn.functional.dropout(y, 0.5, training=True))
+
+
+class Batched(Normed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3).double()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("field", "why"), [
+    (Counts(), "a call changes 'nfe'"), (Drops(), "draws random numbers"), (Batched(), "a call changes a tensor"),
+], ids=["counts", "drops", "batched"])  # fmt: skip
+def test_fields_that_calls_change(field: nn.Module, why: str) -> None:
+    y0 = draw(5, 3)
+    for _ in range(2):
+        solve(field, y0, [0.0, 1.0])
+    buffers = [x.clone() for x in field.buffers()]
+    graphs = captured._known[field]
+    graphs[next(iter(graphs))] = captured._FIRST
+    with pytest.raises(captured.NotCaptured, match=why):
+        captured._graphs_of(field, y0, *_settings())
+    torch.testing.assert_close(list(field.buffers()), buffers)
+    solution = solve(field, y0, [0.0, 1.0])
+    assert solution.stats.engine == "stepper"
+    assert why in solution.stats.reason
+
+
+def _settings() -> tuple[Any]:
+    from neuralode.ode.packing import Packing
+    from neuralode.ode.setup import settings_of
+    from neuralode.ode.solver_config import SolverConfig
+
+    return (settings_of(SolverConfig(), Packing(draw(1)), None, keep_dense=False),)
+
+
+@pytest.mark.parametrize(("kwargs", "why"), [
+    ({"t": (0.0, 1.0, 2.0)}, "from one time to another"), ({"method": "rk4", "step_size": 0.5}, "no method 'rk4'"),
+    ({"method": "dop853"}, "no method 'dop853'"), ({"estimates": True}, "no estimates"),
+    ({"t": torch.tensor([0.0, 1.0], requires_grad=True)}, "no gradient of the times"),
+], ids=["times", "rk4", "dop853", "estimates", "gradient of times"])  # fmt: skip
+def test_what_graphs_cannot_serve(kwargs: dict[str, Any], why: str) -> None:
+    assert why in same(Normed(), leaf(5, 3), engine="stepper", **kwargs).reason
+
+
+def test_failures_are_the_steppers() -> None:
+    field, y0 = Normed(), draw(5, 3)
+    same(field, y0)
+    for _ in range(3):
+        with pytest.raises(SolveError, match="max_steps"):
+            solve(field, y0, [0.0, 50.0], max_steps=4, rtol=1e-8, atol=1e-8)
+
+
+def test_second_derivatives() -> None:
+    field, y0 = Normed(), leaf(5, 3)
+    same(field, y0)
+    found = []
+    for engine in ("auto", "stepper"):
+        ys = solve(field, y0, [0.0, 2.0], engine=engine).ys
+        first = torch.autograd.grad(ys.square().sum(), [y0, field.layer.weight], create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(x.square().sum() for x in first), [y0, field.layer.weight])])
+    torch.testing.assert_close(*found, **NEARLY)
+
+
+def test_odeint() -> None:
+    field, y0, t = Normed(), leaf(5, 3), torch.tensor([0.0, 1.0]).double()
+    for _ in range(3):
+        ys = neuralode.odeint(field, y0, t)
+    assert isinstance(captured._known[field].popitem()[1], captured.Graphs)
+    torch.testing.assert_close(ys, torchdiffeq.odeint(field, y0, t), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("checkpoint", ["always", "never", 3])
+def test_checkpoints(checkpoint: Any) -> None:
+    same(Normed(), leaf(5, 3), "stepper" if checkpoint == 3 else "captured", checkpoint=checkpoint)
+
+
+def test_graphs_go_with_the_field() -> None:
+    field = Normed()
+    same(field, draw(5, 3))
+    gone = weakref.ref(field)
+    del field
+    gc.collect()
+    assert gone() is None
