@@ -57,8 +57,8 @@ def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config
     if reason := unable(y0, ts, args, config):
         raise NotCaptured(reason)
     assert isinstance(y0, torch.Tensor)
-    graphs = _graphs_of(field, y0, settings_of(config, Packing(y0), None, keep_dense=False))
-    span = tuple(host_values(ts))
+    span: tuple[float, float] = tuple(host_values(ts))
+    graphs = _graphs_of(field, y0, settings_of(config, Packing(y0), None, keep_dense=False), span)
     y = _Replayed.apply(graphs, span, stats, y0, *graphs.inputs) if graphs.records else graphs.solve(y0, span, stats)[0]
     return torch.stack([y0, y])
 
@@ -88,7 +88,7 @@ _known: weakref.WeakKeyDictionary[Any, dict[Any, Graphs | str]] = weakref.WeakKe
 _FIRST = "this is the first solve of its kind"
 
 
-def _graphs_of(field: Field, y0: torch.Tensor, settings: Settings) -> Graphs:
+def _graphs_of(field: Field, y0: torch.Tensor, settings: Settings, span: tuple[float, float]) -> Graphs:
     """The field's graphs for solves of this kind, made at the second of them: a single one would not pay for it."""
     records = torch.is_grad_enabled()
     key = y0.shape, y0.dtype, y0.device, y0.requires_grad, records, settings.method.name, limits_of(settings)
@@ -105,6 +105,7 @@ def _graphs_of(field: Field, y0: torch.Tensor, settings: Settings) -> Graphs:
     if graphs == _FIRST or (isinstance(graphs, Graphs) and not graphs.hold()):
         try:
             graphs = Graphs(field, y0, settings, machine(), records)
+            graphs.check(y0, span)
         except NotCaptured as why:
             graphs = str(why)
         found[key] = graphs
@@ -146,6 +147,32 @@ class Graphs:
         except (CompileError, DriverError, RuntimeError, UsageError) as error:
             raise NotCaptured(f"it cannot be recorded ({str(error).strip().splitlines()[0][:200]})") from error
 
+    def check(self, y0: torch.Tensor, span: tuple[float, float]) -> None:
+        """Compares a recorded step, and its gradient, with the same in plain PyTorch.
+
+        Raises:
+            NotCaptured: if they differ.
+        """
+        self._start(y0, span)
+        begun = self.ops.read()
+        self._step()
+        y = y0.detach().requires_grad_(self.records)
+        with torch.set_grad_enabled(self.records):
+            f0 = self.field(y0.new_full((), begun.progress.t), y)
+            y1 = self.method.step(self.field, begun.progress.t, begun.h, y, f0, None).y1
+        found, wanted = [self.ops.end], [y1.detach()]
+        if self.records:
+            one = torch.full_like(y1, 1 / y1.numel())
+            moving = [y, *self.inputs]
+            gradients = torch.autograd.grad(y1, moving, one, allow_unused=True)
+            wanted += [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, moving, strict=True)]
+            time, size = (torch.full((1,), x, dtype=torch.double, device=y.device) for x in (begun.progress.t, begun.h))
+            start, totals = self.pull([_Kept(y.detach()[None], time, size)], one, Stats("captured", "", ""))
+            found += [start, *totals]
+        precision = 1e-3 if y0.dtype == torch.float32 else 1e-9
+        if not all(torch.allclose(*pair, rtol=precision, atol=precision) for pair in zip(found, wanted, strict=True)):
+            raise NotCaptured("its recorded step is not the field's")
+
     def hold(self) -> bool:
         """Whether the field is as it was when the graphs were made."""
         same = self._same
@@ -153,12 +180,9 @@ class Graphs:
 
     def solve(self, y0: torch.Tensor, span: tuple[float, float], stats: Stats) -> tuple[torch.Tensor, list[_Kept]]:
         """The state at the end, and the starts of the steps."""
-        ops, (start, end), kept = self.ops, span, []
-        progress = Progress(t=start, end=end, size=abs(self.settings.first_step or 0.0), last=1.0, before=1.0, next=1)
+        ops, kept = self.ops, []
         with torch.no_grad(), self._busy:
-            ops.y.copy_(y0)
-            ops.begin(Control(progress=progress, direction=1.0 if end > start else -1.0))
-            self._begin()
+            self._start(y0, span)
             steps = self._chunk
             while True:
                 ops.control[KEPT].zero_()
@@ -178,6 +202,14 @@ class Graphs:
         stats.accepted, stats.rejected = progress.accepted, progress.tried - progress.accepted
         stats.step_sizes = torch.cat([piece.h for piece in kept]).abs().tolist()
         return y, kept
+
+    def _start(self, y0: torch.Tensor, span: tuple[float, float]) -> None:
+        start, end = span
+        progress = Progress(t=start, end=end, size=abs(self.settings.first_step or 0.0), last=1.0, before=1.0, next=1)
+        with torch.no_grad():
+            self.ops.y.copy_(y0)
+            self.ops.begin(Control(progress=progress, direction=1.0 if end > start else -1.0))
+            self._begin()
 
     def pull(self, kept: Sequence[_Kept], gradient: torch.Tensor,
              stats: Stats) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip

@@ -14,6 +14,7 @@ import torchdiffeq
 from torch import nn
 
 import neuralode
+from neuralode.kernels.cuda import stages
 from neuralode.kernels.cuda.shim import Shim
 from neuralode.ode import SolveError, captured, fastest, solve
 from tests.ode.test_fused_engine import draw, leaf
@@ -200,7 +201,7 @@ def test_fields_that_calls_change(field: nn.Module, why: str) -> None:
     graphs = captured._known[field]
     graphs[next(iter(graphs))] = captured._FIRST
     with pytest.raises(captured.NotCaptured, match=why):
-        captured._graphs_of(field, y0, *_settings())
+        captured._graphs_of(field, y0, *_settings(), (0.0, 1.0))
     torch.testing.assert_close(list(field.buffers()), buffers)
     solution = solve(field, y0, [0.0, 1.0])
     assert solution.stats.engine == "stepper"
@@ -213,6 +214,19 @@ def _settings() -> tuple[Any]:
     from neuralode.ode.solver_config import SolverConfig
 
     return (settings_of(SolverConfig(), Packing(draw(1)), None, keep_dense=False),)
+
+
+@pytest.mark.parametrize("wrong", ["stage", "stage_bwd", "start_bwd"])
+def test_a_recording_that_is_not_the_field_is_noticed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(stages.Stages, wrong)
+
+    def spoilt(self: Any, *args: Any) -> Any:
+        found = right(self, *args)
+        self.points[-1].mul_(1.01), self.results[0].mul_(1.01), self.adjoint.mul_(1.01)
+        return found
+
+    monkeypatch.setattr(stages.Stages, wrong, spoilt)
+    assert "its recorded step is not the field's" in same(Normed(), leaf(5, 3), "stepper").reason
 
 
 @pytest.mark.parametrize(("kwargs", "why"), [
