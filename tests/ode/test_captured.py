@@ -16,7 +16,7 @@ from torch import nn
 import neuralode
 from neuralode.kernels.cuda import stages
 from neuralode.kernels.cuda.shim import Shim
-from neuralode.ode import SolveError, captured, fastest, solve
+from neuralode.ode import SolveError, captured, fastest, graphs, solve
 from tests.ode.test_fused_engine import draw, leaf
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -80,7 +80,7 @@ def test_every_method(method: str, t: Any) -> None:
 def test_control(kwargs: dict[str, Any]) -> None:
     stats = same(Normed(), leaf(5, 3), **kwargs)
     if "rtol" in kwargs:
-        assert stats.accepted > captured.CHUNK
+        assert stats.accepted > graphs.CHUNK
 
 
 def test_rejected_steps() -> None:
@@ -198,8 +198,8 @@ def test_fields_that_calls_change(field: nn.Module, why: str) -> None:
     for _ in range(2):
         solve(field, y0, [0.0, 1.0])
     buffers = [x.clone() for x in field.buffers()]
-    graphs = captured._known[field]
-    graphs[next(iter(graphs))] = captured._FIRST
+    known = captured._known[field]
+    known[next(iter(known))] = captured._FIRST
     with pytest.raises(captured.NotCaptured, match=why):
         captured._graphs_of(field, y0, *_settings(), (0.0, 1.0))
     torch.testing.assert_close(list(field.buffers()), buffers)
@@ -261,7 +261,7 @@ def test_odeint() -> None:
     field, y0, t = Normed(), leaf(5, 3), torch.tensor([0.0, 1.0]).double()
     for _ in range(3):
         ys = neuralode.odeint(field, y0, t)
-    assert isinstance(captured._known[field].popitem()[1], captured.Graphs)
+    assert isinstance(captured._known[field].popitem()[1], graphs.Graphs)
     torch.testing.assert_close(ys, torchdiffeq.odeint(field, y0, t), rtol=1e-5, atol=1e-6)
 
 

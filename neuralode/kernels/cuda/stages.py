@@ -39,7 +39,7 @@ class Control(ctypes.Structure):
 
 T, SIZE, H = (at // 8 for at in (Progress.t.offset, Progress.size.offset, Control.h.offset))
 """Places of the time and of the step's size without and with its sign in a control, in numbers of double precision."""
-KEPT = Control.kept.offset // 8
+DIRECTION, KEPT = (at // 8 for at in (Control.direction.offset, Control.kept.offset))
 
 
 @functools.cache

@@ -1,0 +1,244 @@
+"""The step of a field, recorded as a CUDA graph: forwards, and backwards as the exact gradient of an accepted step.
+
+Around the field's own operations a step has a handful of fused ones (`neuralode.kernels.cuda.stages`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from neuralode.errors import UsageError
+from neuralode.kernels.cuda.compiler import CompileError
+from neuralode.kernels.cuda.driver import DriverError
+from neuralode.kernels.cuda.solve import Machine
+from neuralode.kernels.cuda.stages import DIRECTION, KEPT, SIZE, Control, H, Progress, Stages, T
+from neuralode.kernels.task import SUCCESS
+from neuralode.ode.clock import Clock
+from neuralode.ode.explicit import RungeKutta
+from neuralode.ode.fused_engine import limits_of, method_data
+from neuralode.ode.observed_field import Field
+from neuralode.ode.packing import Packing
+from neuralode.ode.parameters import HeldField
+from neuralode.ode.solution import Stats
+from neuralode.ode.stepper import CountedField, Integration, Settings
+from neuralode.ode.unchanging import NotCaptured, unchanging
+
+CHUNK = 8
+"""Most steps between two looks of the host."""
+
+
+class Kept:
+    """The starts of some steps: states [n, *shape], times and sizes [n]."""
+
+    def __init__(self, y: torch.Tensor, t: torch.Tensor, h: torch.Tensor):
+        self.y, self.t, self.h = y, t, h
+
+
+class Graphs:
+    """The step of a field, forwards and backwards, ready to be repeated."""
+
+    def __init__(self, field: Field, y0: torch.Tensor, settings: Settings, machine: Machine, records: bool):
+        method = settings.method
+        assert isinstance(method, RungeKutta)
+        self._field = weakref.ref(field)  # graphs that are kept for a field do not keep it
+        self.settings, self.method = settings, method
+        self._same = unchanging(field, y0)
+        self._addresses = self._same.addresses()
+        self._stream = _stream(y0.device)
+        self._busy = threading.Lock()
+        self._chunk = CHUNK
+        data, like = method_data(method.tableau), y0.detach().contiguous()
+        try:
+            held, time = HeldField(field, (), Packing(y0)), y0.new_zeros(())
+            self.inputs = held.all_inputs(lambda: field(time, like))[0] if records else []
+            self.records = records and (y0.requires_grad or bool(self.inputs))
+            with torch.no_grad():
+                self.ops = Stages(machine, data, limits_of(settings), like, CHUNK, self.records)
+                self._begin = _repeatable(self._first_step, y0.device)
+                self._step = _repeatable(self._take_step, y0.device)
+                self.back = Stages(machine, data, limits_of(settings), like, 0, False)
+                self.totals = [torch.zeros_like(x) for x in self.inputs]
+                self._pull = _repeatable(self._pull_back, y0.device) if self.records else None
+        except (CompileError, DriverError, RuntimeError, UsageError) as error:
+            raise NotCaptured(f"it cannot be recorded ({str(error).strip().splitlines()[0][:200]})") from error
+
+    def check(self, y0: torch.Tensor, span: tuple[float, float]) -> None:
+        """Compares a recorded step, and its gradient, with the same in plain PyTorch.
+
+        Raises:
+            NotCaptured: if they differ.
+        """
+        self._start(y0, span)
+        begun = self.ops.read()
+        self._step()
+        y = y0.detach().requires_grad_(self.records)
+        with torch.set_grad_enabled(self.records):
+            f0 = self.field(y0.new_full((), begun.progress.t), y)
+            y1 = self.method.step(self.field, begun.progress.t, begun.h, y, f0, None).y1
+        found, wanted = [self.ops.end], [y1.detach()]
+        if self.records:
+            one = torch.full_like(y1, 1 / y1.numel())
+            moving = [y, *self.inputs]
+            gradients = torch.autograd.grad(y1, moving, one, allow_unused=True)
+            wanted += [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, moving, strict=True)]
+            time, size = (torch.full((1,), x, dtype=torch.double, device=y.device) for x in (begun.progress.t, begun.h))
+            start, totals = self.pull([Kept(y.detach()[None], time, size)], one, Stats("captured", "", ""))
+            found += [start, *totals]
+        precision = 1e-3 if y0.dtype == torch.float32 else 1e-9
+        if not all(torch.allclose(*pair, rtol=precision, atol=precision) for pair in zip(found, wanted, strict=True)):
+            raise NotCaptured("its recorded step is not the field's")
+
+    def hold(self) -> bool:
+        """Whether the field is as it was when the graphs were made."""
+        same = self._same
+        return same.known.holds() and self._addresses == same.addresses() and self._stream == _stream(self.ops.device)
+
+    def solve(self, y0: torch.Tensor, span: tuple[float, float], stats: Stats) -> tuple[torch.Tensor, list[Kept]]:
+        """The state at the end, and the starts of the steps."""
+        ops, kept = self.ops, []
+        with torch.no_grad(), self._busy:
+            self._start(y0, span)
+            steps = self._chunk
+            while True:
+                ops.control[KEPT].zero_()
+                for _ in range(steps):
+                    self._step()
+                control = ops.read()  # the one wait of a chunk
+                kept.append(Kept(*(x[: control.kept].clone() for x in (ops.kept_y, ops.kept_t, ops.kept_h))))
+                if control.done:
+                    break
+                steps = CHUNK
+            y, progress = ops.y.clone(), control.progress
+            self._chunk = min(CHUNK, max(1, progress.tried))  # the next solve will be much like this one
+        if control.status != SUCCESS or not torch.isfinite(y).all():
+            raise NotCaptured("the solve failed, and the stepper says why")
+        stats.engine, stats.reason = "captured", f"{stats.reason}; its steps are recorded".removeprefix("; ")
+        stats.nfe = 1 + (self.settings.first_step is None) + progress.tried * ops.evaluated
+        stats.accepted, stats.rejected = progress.accepted, progress.tried - progress.accepted
+        stats.step_sizes = torch.cat([piece.h for piece in kept]).abs().tolist()
+        return y, kept
+
+    def _start(self, y0: torch.Tensor, span: tuple[float, float]) -> None:
+        start, end = span
+        progress = Progress(t=start, end=end, size=abs(self.settings.first_step or 0.0), last=1.0, before=1.0, next=1)
+        with torch.no_grad():
+            self.ops.y.copy_(y0)
+            self.ops.begin(Control(progress=progress, direction=1.0 if end > start else -1.0))
+            self._begin()
+
+    def pull(self, kept: Sequence[Kept], gradient: torch.Tensor,
+             stats: Stats) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+        """The gradients of the state at the start and of the inputs."""
+        back = self.back
+        assert self._pull is not None
+        with self._busy:
+            back.adjoint.copy_(gradient)
+            for total in self.totals:
+                total.zero_()
+            for piece in reversed(kept):
+                for n in reversed(range(len(piece.t))):
+                    back.y.copy_(piece.y[n])
+                    back.control[T].copy_(piece.t[n])
+                    back.control[H].copy_(piece.h[n])
+                    self._pull()
+                    stats.nfe_backward += back.evaluated
+            return back.adjoint.clone(), [total.clone() for total in self.totals]
+
+    def again(self, y0: torch.Tensor, span: tuple[float, float], kept: Sequence[Kept]) -> torch.Tensor:
+        """The state at the end by operations that autograd knows: for gradients of gradients."""
+        grid = (*torch.cat([piece.t for piece in kept]).tolist(), span[1])
+        settings = dataclasses.replace(self.settings, grid=grid)
+        clock = Clock(torch.tensor(span, dtype=torch.double), lands=True)
+        integration = Integration(
+            settings, CountedField(self.field, (), lambda dy, y: None), clock, y0, Stats("captured", "", "")
+        )
+        integration.run()
+        return integration.y
+
+    def field(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """dy/dt, by the field itself."""
+        field = self._field()
+        assert field is not None
+        dy: torch.Tensor = field(t, y)
+        return dy
+
+    def _first_step(self) -> None:
+        """The slope at the start, and the size of the first step (Hairer, Nørsett, Wanner, I, section II.4)."""
+        ops, tolerance = self.ops, self.settings.tolerance
+        time, y = ops.stage(0, [])
+        f0 = self.field(time, y)
+        ops.slope.copy_(f0)
+        if self.settings.first_step is None:
+            scale = y.abs() * tolerance.rtol + tolerance.atol
+
+            def norm(x: torch.Tensor) -> torch.Tensor:
+                return tolerance.norm(x / scale).double()
+
+            size, slope = norm(y), norm(f0)
+            h0 = torch.where((size < 1e-5) | (slope < 1e-5), 1e-6, 0.01 * size / slope).nan_to_num(1e-6)
+            h = torch.copysign(h0, ops.control[DIRECTION]).to(y.dtype)
+            bend = norm(self.field(time + h, y + h * f0) - f0) / h0
+            steepest = torch.maximum(slope, bend)
+            flat = torch.clamp(h0 * 1e-3, min=1e-6)
+            h1 = torch.where(steepest <= 1e-15, flat, (0.01 / steepest) ** (1 / self.method.order))
+            ops.control[SIZE].copy_(torch.where(bend.isfinite(), torch.minimum(100 * h0, h1), h0).nan_to_num(1e-6))
+        ops.first()
+
+    def _take_step(self) -> None:
+        ops = self.ops
+        slopes = [ops.slope] if ops.method.fsal else []
+        for i in range(len(slopes), ops.stages):
+            slopes.append(self.field(*ops.stage(i, slopes)).contiguous())
+        ops.finish(slopes)
+        ops.move(slopes)
+
+    def _pull_back(self) -> None:
+        """Evaluates a step again from its start, and takes the adjoint from its end to there."""
+        back = self.back
+        points: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        slopes: list[torch.Tensor] = []
+        for i in range(back.evaluated):
+            time, y = back.stage(i, slopes)
+            points.append(y.detach().requires_grad_())
+            with torch.enable_grad():
+                values.append(self.field(time, points[-1]))
+            slopes.append(values[-1].detach().contiguous())
+        adjoints: list[torch.Tensor | None] = [None] * back.stages
+        for i in reversed(range(back.evaluated)):
+            gradient = back.stage_bwd(i, adjoints)
+            found: Sequence[torch.Tensor | None] = [None] * (1 + len(self.inputs))
+            if values[i].requires_grad:
+                found = torch.autograd.grad(values[i], [points[i], *self.inputs], gradient, allow_unused=True)
+            adjoints[i] = torch.zeros_like(points[i]) if found[0] is None else found[0].contiguous()
+            for total, more in zip(self.totals, found[1:], strict=True):
+                if more is not None:
+                    total.add_(more)
+        back.start_bwd(adjoints)
+
+
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _repeatable(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Records what a function does on a GPU; what it returns does it again. On a CPU that is the function itself."""
+    if device.type != "cuda":
+        return function
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries set themselves up at their first call, which cannot be recorded
+            for _ in range(2):
+                function()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+    return graph.replay
