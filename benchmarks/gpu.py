@@ -1,137 +1,171 @@
 """The GPU tables: `python benchmarks/gpu.py [--json FILE]`. Without a GPU it says so and measures nothing.
 
-Forward solves and training steps of 2-64-64-2 with 100 rk4 steps at growing batches, with peak memory; adaptive steps
-of the same; the Lorenz system, 1000 fixed steps of many trajectories (the table that DiffEqGPU publishes); and a
-convolutional field, which no kernel knows. Times are medians after a warm-up, with the device waited for.
+Forward passes and training steps, with peak memory and errors, of 2-64-64-2 with 100 rk4 steps and with adaptive steps
+at growing batches, of two fields that no kernel of ours knows, and forward passes of the Lorenz system, 1000 fixed
+steps of many trajectories (the table that DiffEqGPU publishes). The arms take turns as in `solve.py`; a time is a
+median, the device waited for. Errors are relative, against float64 at tolerances of 1e-10. No arm multiplies in TF32.
+
+`--device cpu --largest 64` tries the same on small batches where there is no GPU; such figures say nothing of one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the memory for itself
 
 import torch
-import torchdiffeq
-from measure import ConvPair
+from fields import ConvPair, Lorenz, NormedMLP
+from measure import Answer, Arm, Workload, errors, reference, times
+from peers import ARMS, BASE, Absent
+from solve import header
 from torch import nn
 
-import neuralode
 from neuralode.nn import MLPField
 
+COMPARED = (BASE, "neuralode, stepper", "torchdiffeq", "torchode (steps per sample)", "diffrax")
 BATCHES = (256, 4096, 65_536, 1_048_576)
 TRAJECTORIES = (8, 512, 32_768, 1_048_576, 8_388_608)
-SECONDS_PER_CELL = 10.0
-
-Solve = Callable[[nn.Module, torch.Tensor], torch.Tensor]
-
-
-class Lorenz(nn.Module):
-    """σ = 10, β = 8/3 and a ρ for each trajectory; [B, 3]."""
-
-    def __init__(self, trajectories: int):
-        super().__init__()
-        self.rho = nn.Parameter(torch.linspace(0, 21, trajectories))
-
-    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        a, b, c = y.unbind(-1)
-        return torch.stack([10.0 * (b - a), a * (self.rho - c) - b, a * b - 8 / 3 * c], dim=-1)
+SECONDS_PER_CELL = 20.0
+MOST_WITH_ERRORS = 65_536
+"""The largest batch that the reference in float64 is computed for."""
 
 
-def arms(method: str, steps: int | None) -> dict[str, Solve]:
-    """Ours and torchdiffeq at the same steps or tolerances, over [0, 1]; the final states."""
-    ours: dict[str, Any] = {"step_size": 1 / steps} if steps else {"rtol": 1e-4, "atol": 1e-5}
-    options: dict[str, Any] = {"options": {"step_size": 1 / steps}} if steps else ours
+class Table(NamedTuple):
+    """One field at growing batches."""
 
-    def make(engine: str) -> Solve:
-        return lambda field, y0: neuralode.solve(field, y0, [0.0, 1.0], method=method, engine=engine, **ours).ys[-1]
+    name: str
+    field: Callable[[int], nn.Module]
+    """Makes it for a batch."""
+    shape: tuple[int, ...]
+    """Of one sample's state."""
+    sizes: tuple[int, ...]
+    settings: dict[str, Any]
+    trains: bool = True
 
-    def theirs(field: nn.Module, y0: torch.Tensor) -> torch.Tensor:
-        ys: torch.Tensor = torchdiffeq.odeint(
-            field, y0, torch.tensor([0.0, 1.0], device=y0.device), method=method, **options
-        )
-        return ys[-1]
-
-    return {"neuralode": make("auto"), "neuralode, stepper": make("stepper"), "torchdiffeq": theirs}
-
-
-def measure(run: Callable[[], object]) -> tuple[float, int]:
-    """(median seconds, peak bytes) of a run."""
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    once = time.perf_counter() - began
-    torch.cuda.reset_peak_memory_stats()
-    held, found = torch.cuda.memory_allocated(), []
-    for _ in range(max(1, min(20, int(SECONDS_PER_CELL / max(once, 1e-4))))):
-        began = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found), torch.cuda.max_memory_allocated() - held
+    def workload(self, size: int, device: str) -> Workload:
+        return Workload(self.name, lambda: self.field(size), (size, *self.shape), device=device, **self.settings)
 
 
-def table(name: str, make: Callable[[int], nn.Module], shape: tuple[int, ...], sizes: tuple[int, ...], method: str,
-          steps: int | None, trains: bool) -> list[dict[str, Any]]:  # fmt: skip
-    """Forward passes, and training steps if asked for, of every arm at every size."""
-    print(f"\n### {name}\n\n| batch | arm | forward, ms | training step, ms | peak MiB | difference from ours |")
-    print("|---:|---|---:|---:|---:|---:|")
-    records = []
-    for size in sizes:
-        torch.manual_seed(0)
-        field, y0 = make(size).cuda(), torch.randn(size, *shape, device="cuda")
-        exact: torch.Tensor | None = None
-        for arm, solve in arms(method, steps).items():
-            record: dict[str, Any] = {"table": name, "batch": size, "arm": arm}
-            try:
-                with torch.no_grad():
-                    final = solve(field, y0)
-                    exact = final if exact is None else exact
-                    record["difference"] = float((final - exact).abs().max())
-                    record["forward"], _ = measure(lambda solve=solve, field=field, y0=y0: solve(field, y0))
+def tables() -> list[Table]:
+    def small(_: int) -> nn.Module:
+        return MLPField(2, [64, 64])
 
-                def step(solve: Solve = solve, field: nn.Module = field, y0: torch.Tensor = y0) -> None:
-                    field.zero_grad()
-                    solve(field, y0).square().mean().backward()
+    tolerances = {"rtol": 1e-4, "atol": 1e-5}
+    return [
+        Table("2-64-64-2, 100 rk4 steps", small, (2,), BATCHES, {"method": "rk4", "steps": 100}),
+        Table("2-64-64-2, dopri5 1e-4/1e-5", small, (2,), BATCHES, tolerances),
+        Table("any field: 2-64-64-2 with a layer norm, dopri5 1e-4/1e-5", lambda _: NormedMLP(2, 64), (2,),
+              BATCHES[:3], tolerances),
+        Table("any field: conv 3x3 twice, 64 channels, 8x8, dopri5 1e-4/1e-5", lambda _: ConvPair(64), (64, 8, 8),
+              (128,), tolerances),
+        Table("Lorenz, 1000 rk4 steps", Lorenz, (3,), TRAJECTORIES, {"method": "rk4", "steps": 1000}, trains=False),
+    ]  # fmt: skip
 
-                if trains:
-                    record["training"], record["peak"] = measure(step)
-            except torch.cuda.OutOfMemoryError:
-                record["failed"] = "out of memory"
-                torch.cuda.empty_cache()
-            records.append(record)
-            forward, training = (f"{record[k] * 1e3:.3f}" if k in record else "–" for k in ("forward", "training"))
-            peak = f"{record['peak'] / 2**20:.1f}" if "peak" in record else record.get("failed", "–")
-            apart = f"{record['difference']:.1e}" if "difference" in record else "–"
-            print(f"| {size} | {arm} | {forward} | {training} | {peak} | {apart} |", flush=True)
-    return records
+
+def tried(action: Callable[[], Any]) -> tuple[Any, str]:
+    """What an action gives, or why it cannot be had."""
+    try:
+        return action(), ""
+    except Absent as reason:
+        return None, str(reason)
+    except Exception as error:  # a peer may fail in its own ways, and the others still count
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        said = str(error).strip().splitlines()
+        full = "out of memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error)
+        return None, "out of memory" if full else f"{type(error).__name__}: {said[0][:80] if said else ''}"
+
+
+def cell(table: Table, size: int, device: str) -> list[dict[str, Any]]:
+    """One field at one batch; a record for each arm."""
+    work = table.workload(size, device)
+    records = {name: {"table": table.name, "batch": size, "arm": name} for name in COMPARED}
+    exact: Answer | None = None
+    if table.trains and size <= MOST_WITH_ERRORS:
+        exact, _ = tried(lambda: reference(work))
+    arms: dict[str, Arm] = {}
+    for name, record in records.items():
+        print(f"{table.name}, {size}: {name} ...", file=sys.stderr, flush=True)
+        arm, why = tried(lambda name=name: ready(ARMS[name](work), table.trains))
+        if arm is None:
+            record["why"] = why
+            continue
+        arms[name] = arm
+        if table.trains and exact is not None:
+            answer, _ = tried(arm.answer)
+            if answer is not None:
+                record["loss_error"], record["gradient_error"] = errors(answer, exact)
+        if table.trains:
+            record["peak_bytes"], _ = tried(arm.peak)
+    found = {"forward": times({name: arm.forward for name, arm in arms.items()}, 40, SECONDS_PER_CELL / 2)}
+    if table.trains:
+        found["training"] = times({name: arm.step for name, arm in arms.items()}, 40, SECONDS_PER_CELL / 2)
+    for what, seconds in found.items():
+        for name, value in seconds.items():
+            records[name][what] = value * 1e3
+    return list(records.values())
+
+
+def ready(arm: Arm, trains: bool) -> Arm:
+    """The arm, after it has run as often as anything of it is made at a first or second call."""
+    for _ in range(3):
+        arm.forward()
+        if trains:
+            arm.step()
+    return arm
+
+
+def print_cell(records: Sequence[dict[str, Any]]) -> None:
+    ours = records[0]
+    for r in records:
+        if "why" in r:
+            print(f"| {r['batch']} | {r['arm']} | {r['why']} | | | | | |")
+            continue
+        training = r.get("training")
+        ratio = training / ours["training"] if training and "training" in ours else None
+        numbers = [
+            f"{r['forward']:.3f}",
+            "–" if training is None else f"{training:.3f}",
+            "–" if ratio is None else f"{ratio:.2f}",
+            *(f"{r[k]:.1e}" if k in r else "–" for k in ("loss_error", "gradient_error")),
+            f"{r['peak_bytes'] / 2**20:.1f}" if r.get("peak_bytes") is not None else "–",
+        ]
+        print(f"| {r['batch']} | {r['arm']} | {' | '.join(numbers)} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The GPU tables.")
+    parser.add_argument("tables", nargs="*", help="tables whose names contain one of these")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--largest", type=int, default=TRAJECTORIES[-1], help="leave larger batches out")
     parser.add_argument("--json", type=Path, help="also write all numbers here")
     given = parser.parse_args()
-    if not torch.cuda.is_available():
+    if given.device == "cuda" and not torch.cuda.is_available():
         print("PyTorch sees no GPU here, so nothing was measured.")
         return
-    device = torch.cuda.get_device_name()
-    print(f"{device}; torch {torch.__version__}, CUDA {torch.version.cuda}.")
-
-    def small(_: int) -> nn.Module:
-        return MLPField(2, [64, 64])
-
-    records = [
-        *table("2-64-64-2, 100 rk4 steps", small, (2,), BATCHES, "rk4", 100, True),
-        *table("2-64-64-2, dopri5 1e-4/1e-5", small, (2,), BATCHES, "dopri5", None, True),
-        *table("Lorenz, 1000 rk4 steps", Lorenz, (3,), TRAJECTORIES, "rk4", 1000, False),
-        *table("conv 3x3 twice, 64 channels, 8x8, dopri5 1e-4/1e-5", lambda _: ConvPair(64), (64, 8, 8), (128,),
-               "dopri5", None, True),
-    ]  # fmt: skip
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.cuda.get_device_name() if given.device == "cuda" else "CPU, a trial"
+    print(f"{device}; CUDA {torch.version.cuda}. {header()}")
+    records: list[dict[str, Any]] = []
+    for table in tables():
+        if given.tables and not any(part in table.name for part in given.tables):
+            continue
+        print(f"\n### {table.name}\n")
+        print(
+            "| batch | arm | forward, ms | training step, ms | / neuralode | loss error | gradient error | peak MiB |"
+        )
+        print("|---:|---|---:|---:|---:|---:|---:|---:|")
+        for size in (size for size in table.sizes if size <= given.largest):
+            found = cell(table, size, given.device)
+            print_cell(found)
+            records += found
     if given.json:
         given.json.write_text(json.dumps({"device": device, "records": records}, indent=1))
 

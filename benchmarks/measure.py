@@ -27,30 +27,6 @@ TURN = 0.02
 """Seconds of steps that are not timed at the beginning of an arm's turn, and then of those that are."""
 
 
-class ConvPair(nn.Module):
-    """Two 3x3 convolutions with tanh between them; [B, C, H, W] to the same shape."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.second(torch.tanh(self.first(y)))
-
-
-class VanDerPol(nn.Module):
-    """van der Pol oscillators ẍ = μ(1 - x²)ẋ - x, each with a learned μ of its own, from 0.1 to 10; [B, 2]."""
-
-    def __init__(self, samples: int):
-        super().__init__()
-        self.mu = nn.Parameter(torch.logspace(-1, 1, samples))
-
-    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        x, v = y.unbind(-1)
-        return torch.stack([v, self.mu * (1 - x * x) * v - x], dim=-1)
-
-
 @dataclass(frozen=True)
 class Workload:
     """A field, states to start from, and how to solve; dopri5 unless it takes fixed steps."""
@@ -71,17 +47,16 @@ class Workload:
     reference: str = "dopri8"
     most_steps: int = 64
     """Bound on the steps, for diffrax: it sets up memory for so many."""
+    device: str = "cpu"
     field: nn.Module = dataclasses.field(init=False)
     y0: torch.Tensor = dataclasses.field(init=False)
+    ts: torch.Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
-        object.__setattr__(self, "field", self.build())
-        object.__setattr__(self, "y0", torch.randn(self.shape))
-
-    @property
-    def ts(self) -> torch.Tensor:
-        return torch.linspace(0, self.end, self.times)
+        object.__setattr__(self, "field", self.build().to(self.device))
+        object.__setattr__(self, "y0", torch.randn(self.shape).to(self.device))
+        object.__setattr__(self, "ts", torch.linspace(0, self.end, self.times).to(self.device))
 
     @property
     def step_size(self) -> float | None:
@@ -106,6 +81,9 @@ class Arm(Protocol):
     """One library at one setting, ready to train on one workload."""
 
     def answer(self) -> Answer: ...
+
+    def forward(self) -> None:
+        """A solve without gradients; returns when it is done."""
 
     def step(self) -> None:
         """One training step; returns when it is done."""
@@ -135,10 +113,16 @@ class TorchArm:
         self.field = copy.deepcopy(work.field)
         self.optimizer = torch.optim.SGD(self.field.parameters(), lr=RATE)
 
+    def forward(self) -> None:
+        with torch.no_grad():
+            self.solve(self.field, self.work)
+        wait_for(self.work.device)
+
     def step(self) -> None:
         self.optimizer.zero_grad()
         loss_of(self.solve(self.field, self.work)[0]).backward()
         self.optimizer.step()
+        wait_for(self.work.device)
 
     def answer(self) -> Answer:
         watched = copy.deepcopy(self.work.field)
@@ -162,15 +146,26 @@ class TorchArm:
         return Answer(loss.item(), gradient, forward, calls - forward, told or self.work.steps or accepted or None)
 
     def peak(self) -> int:
-        return peak_bytes(self.step)
+        return peak_bytes(self.step, self.work.device)
 
 
-def peak_bytes(step: Callable[[], None]) -> int:
+def wait_for(device: str) -> None:
+    """Returns when the device has done all that it was told."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(step: Callable[[], None], device: str) -> int:
     """Most bytes that PyTorch's allocator held at once during `step`, over those it held before.
 
     Every tensor counts: activations, checkpoints, temporary results and gradients.
     """
     step()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         step()
     held = peak = 0
@@ -197,12 +192,12 @@ def reference(work: Workload) -> Answer:
 
 def errors(answer: Answer, exact: Answer) -> tuple[float, float]:
     """Relative errors of the loss and of the gradient, the latter in the L2 norm."""
-    off = (answer.gradient - exact.gradient).norm() / exact.gradient.norm()
+    off = (answer.gradient.cpu() - exact.gradient.cpu()).norm() / exact.gradient.norm()
     return abs(answer.loss - exact.loss) / exact.loss, float(off)
 
 
-def times(arms: dict[str, Arm], repeats: int, budget: float) -> dict[str, float]:
-    """Median seconds of a training step of each arm, which take turns in random order.
+def times(steps: dict[str, Callable[[], object]], repeats: int, budget: float) -> dict[str, float]:
+    """Median seconds of the step of each arm; the arms take turns in random order.
 
     In training a step follows thousands like it. So the steps at the beginning of a turn, during which caches, clock
     and threads recover from the arm before, are not timed: 20 ms of them, at least one; then 20 ms, at least two, are.
@@ -210,29 +205,29 @@ def times(arms: dict[str, Arm], repeats: int, budget: float) -> dict[str, float]
     Args:
         budget: seconds for all of it; heavy rows get fewer than `repeats`, but at least five.
     """
-    chance, seconds = random.Random(0), {name: [] for name in arms}
+    chance, seconds = random.Random(0), {name: [] for name in steps}
     for _ in range(2):
         began = time.perf_counter()
-        for arm in arms.values():
-            _steps(arm, 0.0, 1)
+        for step in steps.values():
+            _steps(step, 0.0, 1)
         a_step_of_each = time.perf_counter() - began
-    order = list(arms)
+    order = list(steps)
     for _ in range(max(min(5, repeats), min(repeats, int(budget / (3 * a_step_of_each + 2 * TURN * len(order)))))):
         chance.shuffle(order)
         gc.collect()
         for name in order:
-            _steps(arms[name], TURN, 1)
-            seconds[name] += _steps(arms[name], TURN, 2)
+            _steps(steps[name], TURN, 1)
+            seconds[name] += _steps(steps[name], TURN, 2)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _steps(arm: Arm, duration: float, least: int) -> list[float]:
+def _steps(step: Callable[[], object], duration: float, least: int) -> list[float]:
     """Seconds of each of the steps that fit into a duration, or of the least number of them."""
     found: list[float] = []
     start = end = time.perf_counter()
     while end < start + duration or len(found) < least:
         begin = end
-        arm.step()
+        step()
         end = time.perf_counter()
         found.append(end - begin)
     return found

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 import torchdiffeq
-from measure import RATE, Answer, Arm, ConvPair, Solve, TorchArm, VanDerPol, Workload, loss_of
+from fields import ConvPair, Lorenz, NormedMLP, VanDerPol
+from measure import RATE, Answer, Arm, Solve, TorchArm, Workload, loss_of
 from torch import nn
 
 from neuralode.nn import MLPField
@@ -61,8 +62,9 @@ class NeuralodeArm(TorchArm):
         return Answer(loss.item(), gradient, stats.nfe, stats.nfe_backward, stats.accepted)
 
     def peak(self) -> int:
-        """With what the kernels keep in memory of their own."""
-        return super().peak() + (self.stats.kept_bytes or 0)
+        """With what the kernels of the CPU keep in memory of their own."""
+        own = self.stats.kept_bytes if self.work.device == "cpu" else 0
+        return super().peak() + (own or 0)
 
 
 def neuralode_arm(work: Workload, **settings: Any) -> Arm:
@@ -93,7 +95,7 @@ def torchode_arm(work: Workload, compiled: bool = False) -> Arm:
         raise Absent("not run: its reading of many output times takes minutes to compile")
     batch = work.shape[0]
     y0, ts = work.y0.flatten(1), work.ts.expand(batch, -1)
-    start = torch.full((batch,), work.step_size) if work.steps else None
+    start = y0.new_full((batch,), work.step_size or 0.0) if work.steps else None
     between = ts if work.times > 2 else None
 
     def solver_for(field: nn.Module, compiled: bool) -> Callable[..., Any]:
@@ -124,7 +126,7 @@ def torchdyn_arm(work: Workload) -> Arm:
     load("torchdyn")
     odeint = load("torchdyn.numerics").odeint
     if work.steps:
-        grid = torch.linspace(0, work.end, work.steps + 1)
+        grid = torch.linspace(0, work.end, work.steps + 1).to(work.device)
         settings: dict[str, Any] = {"t_span": grid, "save_at": work.ts, "solver": work.method}
     else:
         tolerances = {"rtol": work.rtol, "atol": work.atol}
@@ -153,7 +155,19 @@ def jax_function(field: nn.Module) -> Callable[[list[Any], Any], Any]:
         x, v = y[..., 0], y[..., 1]
         return jnp.stack([v, parameters[0] * (1 - x * x) * v - x], axis=-1)
 
-    twins: dict[type, Callable[[list[Any], Any], Any]] = {MLPField: mlp, ConvPair: conv_pair, VanDerPol: van_der_pol}
+    def lorenz(parameters: list[Any], y: Any) -> Any:
+        a, b, c = y[..., 0], y[..., 1], y[..., 2]
+        return jnp.stack([10.0 * (b - a), a * (parameters[0] - c) - b, a * b - 8 / 3 * c], axis=-1)
+
+    def normed(parameters: list[Any], y: Any) -> Any:
+        w1, b1, scale, shift, w2, b2, w3, b3 = parameters
+        y = y @ w1.T + b1
+        y = (y - y.mean(-1, keepdims=True)) * jax.lax.rsqrt(y.var(-1, keepdims=True) + 1e-5) * scale + shift
+        return jnp.tanh(jnp.tanh(y) @ w2.T + b2) @ w3.T + b3
+
+    twins: dict[type, Callable[[list[Any], Any], Any]] = {
+        MLPField: mlp, ConvPair: conv_pair, VanDerPol: van_der_pol, Lorenz: lorenz, NormedMLP: normed,
+    }  # fmt: skip
     return twins[type(field)]
 
 
@@ -187,11 +201,25 @@ class DiffraxArm:
     def __init__(self, work: Workload, vmapped: bool):
         self.jax, self.diffrax = load("jax"), load("diffrax")
         self.jnp = load("jax.numpy")
+        if work.device != "cpu":
+            if self.jax.default_backend() == "cpu":
+                raise Absent("its jax sees no GPU")
+            self.jax.config.update("jax_default_matmul_precision", "highest")  # else it multiplies in TF32
         self.work, self.vmapped = work, vmapped
-        self.initial = self.parameters = [self.jnp.asarray(p.detach().numpy()) for p in work.field.parameters()]
-        self.y0 = self.jnp.asarray(work.y0.numpy())
+        self.initial = self.parameters = [self.jnp.asarray(p.detach().cpu().numpy()) for p in work.field.parameters()]
+        self.y0 = self.jnp.asarray(work.y0.cpu().numpy())
         self.function = jax_function(work.field)
-        self.compiled = self.jax.jit(self._train).lower(self.parameters, self.y0).compile()
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        return self.jax.jit(self._train).lower(self.parameters, self.y0).compile()
+
+    @functools.cached_property
+    def solved(self) -> Any:
+        return self.jax.jit(self._solves)
+
+    def forward(self) -> None:
+        self.jax.block_until_ready(self.solved(self.parameters, self.y0))
 
     def step(self) -> None:
         self.parameters = self.jax.block_until_ready(self.compiled(self.parameters, self.y0))
@@ -213,9 +241,11 @@ class DiffraxArm:
         return [p - RATE * g for p, g in zip(parameters, gradients, strict=True)]
 
     def _loss(self, parameters: list[Any], y0: Any) -> tuple[Any, Any]:
-        solve = self.jax.vmap(self._solve) if self.vmapped else self._solve
-        later, accepted = solve(parameters, y0)
+        later, accepted = self._solves(parameters, y0)
         return self.jnp.mean(later**2), self.jnp.max(accepted)
+
+    def _solves(self, parameters: list[Any], y0: Any) -> tuple[Any, Any]:
+        return (self.jax.vmap(self._solve) if self.vmapped else self._solve)(parameters, y0)
 
     def _solve(self, parameters: list[Any], y0: Any) -> tuple[Any, Any]:
         diffrax, work = self.diffrax, self.work
@@ -228,7 +258,7 @@ class DiffraxArm:
             dt0=work.step_size,
             y0=y0,
             args=parameters,
-            saveat=diffrax.SaveAt(ts=self.jnp.asarray(work.ts[1:].numpy()))
+            saveat=diffrax.SaveAt(ts=self.jnp.asarray(work.ts[1:].cpu().numpy()))
             if work.times > 2
             else diffrax.SaveAt(t1=True),
             stepsize_controller=(

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Arm, ConvPair, VanDerPol, Workload, errors, reference, times
+from fields import ConvPair, VanDerPol
+from measure import Arm, Workload, errors, reference, times
 from peers import ARMS, BASE, Absent
 
 from neuralode.nn import MLPField
@@ -78,7 +79,7 @@ def row(work: Workload, chosen: list[str], repeats: int) -> list[dict[str, Any]]
     arms, why = made(work, chosen)
     exact = reference(work)
     answers = {name: arm.answer() for name, arm in arms.items()}
-    seconds = times(arms, repeats, SECONDS_PER_ROW)
+    seconds = times({name: arm.step for name, arm in arms.items()}, repeats, SECONDS_PER_ROW)
     records: list[dict[str, Any]] = []
     for name, arm in arms.items():
         answer = answers[name]
