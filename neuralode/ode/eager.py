@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
+
+import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -13,18 +15,16 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def eager(function: Function) -> Function:
     """Makes `torch.compile` leave a function alone; fields that are compiled themselves stay so inside it.
 
-    As `torch.compiler.disable`, whose import of the compiler takes more than a second, but only once a compiler is
-    there.
+    As `torch.compiler.disable`, but only where a compiler is at work: its import takes more than a second, and each
+    call through it some microseconds.
     """
     disabled: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not disabled and "torch._dynamo" not in sys.modules:
+        if get_eval_frame_callback() is None:
             return function(*args, **kwargs)
         if not disabled:
-            import torch
-
             disabled.append(torch.compiler.disable(function))
         return disabled[0](*args, **kwargs)
 

@@ -83,7 +83,7 @@ def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config
     if kind.obstacle:
         raise NotFused(kind.obstacle)
     try:
-        lowered = lower(field, _column(ts, tensors(y0)[0]) if kind.by_sample else ts[0].item(), y0, args)
+        lowered = lower(field, _column(ts, tensors(y0)[0]) if kind.by_sample else host_values(ts)[0], y0, args)
     except NotLowered as why:
         raise NotFused(str(why)) from None
     solve = _Solve(kind, lowered, y0, ts, fixed_grid(config, field, y0, ts) if kind.fixed else None)
@@ -215,8 +215,8 @@ class _Solve:
             raise NotFused(_INFERENCE)
         self.task = Task(
             kind.job(lowered.program, lands, moving if self.records else ()), lowered.tensors,
-            rows.detach().contiguous(), ts.detach().double().contiguous(), grid,
-            None if lowered.dy is None else self._as_rows(lowered.dy, width).detach().contiguous(),
+            _plain(rows), _plain(ts).double(), grid,
+            None if lowered.dy is None else _plain(self._as_rows(lowered.dy, width)),
         )  # fmt: skip
 
     def _as_rows(self, state: State, width: int) -> torch.Tensor:
@@ -270,6 +270,10 @@ class _Solve:
         integration = Integration(settings, counted, clock, rows, Stats("fused", "", ""))
         integration.run()
         return torch.stack(integration.outputs)
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    return (x.detach() if x.requires_grad else x).contiguous()
 
 
 def _kernel_for(task: Task) -> CPUSolve | CUDASolve:
