@@ -68,23 +68,27 @@ def lower(field: Callable[..., Any], t: torch.Tensor | float, y: State, args: tu
     if reason := watch.obstacle():
         raise NotLowered(reason)
     t = t if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=first.dtype, device=first.device)
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     writer = Writer(torch.is_grad_enabled())
     try:
-        try:
-            lowered = _evaluate(field, t, y, args, watch, writer)
-        except NotLowered:
-            if not writer.guessed:
-                raise
-            writer = Writer(torch.is_grad_enabled(), guess="features")
-            lowered = _evaluate(field, t, y, args, watch, writer)
-        if watch.counters:
-            _check_counters(field, t, y, args, watch, lowered, writer.guess)
+        with _unhooked() if hooked else contextlib.nullcontext():
+            try:
+                lowered = _evaluate(field, t, y, args, watch, writer)
+            except NotLowered:
+                if not writer.guessed:
+                    raise
+                writer = Writer(torch.is_grad_enabled(), guess="features")
+                lowered = _evaluate(field, t, y, args, watch, writer)
+            if watch.counters:
+                _check_counters(field, t, y, args, watch, lowered, writer.guess)
     except NotLowered as why:
         if when is not None:
             remember_refusal(field, when, watch, str(why))
         raise
     if when is not None:
         remember(field, when, watch, writer, lowered.program)
+        if hooked and (known := recall(field, when)):  # the hooks see what they will see when the program is recalled
+            return Lowered(lowered.program, known.tensors(), lowered.dy, lowered.count)
     return lowered
 
 
@@ -176,6 +180,11 @@ def _end(writer: Writer, y: State, dy: Any) -> Program:
         widths.append(whole)
     output = registers[0] if len(registers) == 1 else writer.emit("concat", *registers, width=sum(widths))
     return writer.program(output)
+
+
+def _unhooked() -> contextlib.AbstractContextManager[Any]:
+    """Keeps from hooks on saved tensors, as activation checkpointing has them, what only a first solve evaluates."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:

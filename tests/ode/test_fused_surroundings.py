@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from neuralode.kernels.library import library, why_not
@@ -176,3 +178,21 @@ def test_autocast_falls_back_except_in_blocks() -> None:
         stats, inside = solve(field, y0, [0.0, 1.0], method="rk4", step_size=0.5).stats, block(y0)
     assert (stats.engine, stats.reason) == ("stepper", "not the kernels: autocast is on")
     assert torch.equal(inside, block(y0))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"method": "rk4", "step_size": 0.2}, {"per_sample": True},
+                                    {"gradient": "adjoint"}, {"checkpoint": 2}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("engine", ["auto", "stepper"])
+def test_activation_checkpointing_from_the_first_solve_on(engine: str, kwargs: dict[str, Any]) -> None:
+    new, y0, found = net(), leaf(5, 2), []
+    for checkpointed in (True, False):
+        field = copy.deepcopy(new)
+
+        def solved(y: torch.Tensor, field: torch.nn.Module = field) -> torch.Tensor:
+            return solve(field, y, [0.0, 1.0], engine=engine, **kwargs).ys
+
+        for _ in range(2):
+            ys = checkpoint(solved, y0, use_reentrant=False) if checkpointed else solved(y0)
+            found.append(torch.autograd.grad(ys.square().sum(), [y0, *field.parameters()]))
+    for gradients in found[1:]:
+        agree(gradients, found[0], **EXACTLY)
