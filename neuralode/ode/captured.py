@@ -6,10 +6,13 @@ nothing and draws nothing when it is called, and is used only as long as all tha
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from neuralode.kernels.cuda.driver import GPU
 from neuralode.kernels.cuda.solve import Machine
@@ -61,40 +64,74 @@ def unable(y0: State, ts: torch.Tensor, args: tuple[Any, ...], config: SolverCon
         return "graphs keep the start of every step"
     if set(config.options) - (OPTIONS - {"norm"}) - method.options or config.max_steps_between is not None:
         return "graphs do not know an option that was given"
-    if in_transform() or torch.is_autocast_enabled(y0.device.type) or torch.is_inference_mode_enabled():
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if in_transform() or forward_ad._current_level >= 0 or hooked or torch.is_inference_mode_enabled():
         return "graphs are for plain evaluation"
+    if torch.is_autocast_enabled(y0.device.type):
+        return "autocast is on"
     return ""
 
 
-_known: weakref.WeakKeyDictionary[Any, dict[Any, Graphs | str]] = weakref.WeakKeyDictionary()
-"""The graphs of fields, or why there are none."""
+_TRIALS, _WORTH = 3, 8
+"""Recordings of a kind that are made in any case, and solves that each must have served for there to be more."""
+_known: weakref.WeakKeyDictionary[Any, dict[Any, _Known]] = weakref.WeakKeyDictionary()
+_recording = threading.Lock()
 _FIRST = "this is the first solve of its kind"
 
 
 def _graphs_of(field: Field, y0: torch.Tensor, settings: Settings, span: tuple[float, float]) -> Graphs:
     """The field's graphs for solves of this kind, made at the second of them: a single one would not pay for it."""
     records = torch.is_grad_enabled()
-    key = y0.shape, y0.dtype, y0.device, y0.requires_grad, records, settings.method.name, limits_of(settings)
+    stream = torch.cuda.current_stream(y0.device) if y0.is_cuda else None
+    kind = y0.shape, y0.dtype, y0.device, y0.requires_grad, records, settings.method.name, limits_of(settings)
+    key = *kind, stream, torch.get_default_dtype()
     try:
         found = _known.setdefault(field, {})
     except TypeError:
         raise NotCaptured("the field cannot be remembered from one solve to the next") from None
-    graphs = found.get(key)
-    if graphs is None:
+    known = found.get(key)
+    if known is None:
         if len(found) >= _MOST:
             found.clear()
-        found[key] = _FIRST
+        known = found[key] = _Known()
         raise NotCaptured(_FIRST)
-    if graphs == _FIRST or (isinstance(graphs, Graphs) and not graphs.hold()):
+    if known.obstacle:
+        raise NotCaptured(known.obstacle)
+    if known.graphs is None or not known.graphs.hold(field):
+        if not _recording.acquire(blocking=False):  # by another thread, or around this very solve
+            raise NotCaptured("another solve is being recorded")
         try:
-            graphs = Graphs(field, y0, settings, machine(), records)
-            graphs.check(y0, span)
+            known.record(lambda: Graphs(field, y0, span, settings, machine(), records))
+        finally:
+            _recording.release()
+    assert known.graphs is not None
+    return known.graphs
+
+
+class _Known:
+    """What is known of solves of one kind: their graphs, or why there are none."""
+
+    def __init__(self) -> None:
+        self.graphs: Graphs | None = None
+        self.obstacle = ""
+        self._recorded = self._solves = 0
+
+    def record(self, make: Callable[[], Graphs]) -> None:
+        """Makes the graphs, unless they were made too often for what they were used.
+
+        Raises:
+            NotCaptured: if there are none now.
+        """
+        self._solves += self.graphs.solves if self.graphs else 0
+        self.graphs = None
+        try:
+            if self._recorded >= _TRIALS and self._solves < _WORTH * self._recorded:
+                raise NotCaptured("it changes from solve to solve")
+            self._recorded += 1
+            self.graphs = make()
         except NotCaptured as why:
-            graphs = str(why)
-        found[key] = graphs
-    if isinstance(graphs, str):
-        raise NotCaptured(graphs)
-    return graphs
+            self.obstacle = str(why)
+            raise
 
 
 def machine() -> Machine:

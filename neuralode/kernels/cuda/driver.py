@@ -14,9 +14,22 @@ _MOST_SHARED_BYTES = 8
 _MULTIPROCESSORS, _SHARED_LIMIT = 16, 97
 """CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"""
 
+_NON_BLOCKING = 1
+"""CU_STREAM_NON_BLOCKING: it does not wait for the default stream."""
+
 
 class DriverError(RuntimeError):
     """The driver refused; the message has its own name for why."""
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that nobody else has, as one of PyTorch's own may be; it is never destroyed."""
+    handle = ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # makes PyTorch's context the current one
+        _check(_driver().cuStreamCreate(ctypes.byref(handle), _NON_BLOCKING))
+    assert handle.value is not None
+    return torch.cuda.ExternalStream(handle.value, device)
 
 
 class GPU:

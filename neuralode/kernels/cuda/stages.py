@@ -80,7 +80,7 @@ class Stages:
 
     Args:
         like: the state, of any shape, contiguous.
-        chunk: steps whose starts are kept until the host fetches them.
+        chunk: steps whose starts are kept until the host fetches them; 0 for operations of the reverse.
         records: whether they are kept at all.
     """
 
@@ -93,7 +93,7 @@ class Stages:
         self.y, self.slope, self.end, self.adjoint = (torch.zeros_like(like) for _ in range(4))
         self.points = [torch.zeros_like(like) for _ in range(self.stages)]
         self.times = [like.new_zeros(()) for _ in range(self.stages)]
-        self.results = [torch.zeros_like(like) for _ in range(self.stages)]
+        self.results = [] if chunk else [torch.zeros_like(like) for _ in range(self.stages)]
         double = {"dtype": torch.double, "device": like.device}
         self.control = torch.zeros(ctypes.sizeof(Control) // 8, **double)  # type: ignore[call-overload]
         self.kept_y = like.new_zeros(chunk if records else 0, *like.shape)

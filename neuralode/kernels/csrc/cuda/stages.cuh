@@ -93,6 +93,18 @@ DEVICE void decide(const Problem& p, double ratio) {
     choose_step(control, p.limits);
 }
 
+// The sum over the threads of a block, whose number is a power of two.
+DEVICE double block_sum(double* sums, double mine) {
+    meet();  // the sums of before have been read
+    sums[thread()] = mine;
+    meet();
+    for (int n = threads() / 2; n > 0; n /= 2) {
+        if (thread() < n) sums[thread()] += sums[thread() + n];
+        meet();
+    }
+    return sums[0];
+}
+
 // The state at the end of the step, the norm of its error, and the decision, which the last block takes.
 KERNEL void rk_finish(Problem p) {
     if (p.control->done) {  // steps of a chunk that nobody needs any more do nothing
@@ -110,16 +122,14 @@ KERNEL void rk_finish(Problem p) {
         const T ratio = error / (atol + rtol * T(fmax(fabs(y), fabs(end))));
         mine += double(ratio) * double(ratio);
     }
-    sums[thread()] = mine;
-    meet();
-    for (int n = threads() / 2; n > 0; n /= 2) {
-        if (thread() < n) sums[thread()] += sums[thread() + n];
-        meet();
-    }
-    if (thread() == 0) p.parts[block()] = sums[0];
-    if (!last_block(p.tickets) || thread() != 0) return;
-    double total = 0;
-    for (int b = 0; b < blocks(); b++) total += ((volatile double*)p.parts)[b];
+    const double own = block_sum(sums, mine);
+    if (thread() == 0) p.parts[block()] = own;
+    if (!last_block(p.tickets)) return;
+    mine = 0;
+    for (int b = thread(); b < blocks(); b += threads()) mine += ((volatile double*)p.parts)[b];
+    const double total = block_sum(sums, mine);
+    if (thread() != 0) return;
+    *p.tickets = 0;  // all have drawn theirs; the next launch begins anew
     decide(p, sqrt(total / p.count));
 }
 
