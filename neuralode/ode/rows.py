@@ -56,9 +56,10 @@ class RowIntegration:
         self._unread: list[tuple[int, Step, torch.Tensor, torch.Tensor]] = []
         self._careful = False
         self._overflow = torch.zeros((), dtype=torch.bool, device=y.device)
-        self._broken = torch.zeros_like(self.ended)
+        self._nowhere = self._broken = torch.zeros_like(self.ended)
         """Rows whose last step met something that is not finite."""
         self._resolution = torch.finfo(rows.real).eps * torch.maximum(times.abs().amax(1), (self.end - self.t).abs())
+        self._finest = float(self._resolution.max()) if chunk == 1 else 0.0
         self._grew = torch.ones((), dtype=self.t.dtype, device=y.device)
 
     def run(self, pause: Callable[[], bool] | None = None, on_step: Callable[[Step], None] | None = None) -> None:
@@ -117,26 +118,33 @@ class RowIntegration:
         step = settings.method.step(self.field, *self.clock.place(record), y, f0, None)
         accepted = ~self.ended
         if settings.method.adaptive:
-            ratio, within = self._control(step, size)
+            within, sound = self._control(step, size)
             accepted = accepted & within
-            if not torch.is_grad_enabled() or self._hides_overflow():
-                self._overflow = self._overflow | ~torch.isfinite(ratio).all()
-            elif not math.isfinite(float(ratio.sum())):
+            if not sound and torch.is_grad_enabled():
                 # autograd would carry the overflow of a rejected row into the gradient of all: step again without it
                 record = record._replace(h=record.h * accepted)
                 step = settings.method.step(self.field, *self.clock.place(record), y, f0, None)
-        record = record._replace(h=record.h * accepted, lands=lands & accepted)
+        record = RowStep(self.t, record.h * accepted, lands & accepted, None, range(0), ())
         self._move(step, record, accepted, on_step)
         self.in_graph += self.field.graphs - graphs
 
-    def _control(self, step: Step, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Error ratios of the rows, and which are within tolerance; sets the sizes that come next."""
+    def _control(self, step: Step, size: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """Sets the sizes that come next.
+
+        Returns:
+            Which rows are within tolerance, and whether all that the host has looked at is finite.
+        """
         settings, control = self.settings, self.settings.controller
+        looks = self.chunk == 1 or (torch.is_grad_enabled() and not self._hides_overflow())
         with torch.no_grad():
             scale = torch.maximum(step.y0.abs(), step.y1.abs()) * settings.tolerance.rtol + settings.tolerance.atol
             ratio = self.rows.rms(settings.method.error(step, self.field) / scale)
-            accepted, self._broken = ratio <= 1, ~torch.isfinite(ratio)
-            bounded = ratio.nan_to_num(1e10).clamp(1e-10, 1e10)
+            accepted = ratio <= 1
+            if looks and math.isfinite(float(ratio.sum())):
+                self._broken, bounded, sound = self._nowhere, ratio.clamp(1e-10, 1e10), True
+            else:
+                self._broken, bounded, sound = ~torch.isfinite(ratio), ratio.nan_to_num(1e10).clamp(1e-10, 1e10), False
+                self._overflow = self._overflow | self._broken.any()
             factor = control.factor(bounded, self.last, self.before, settings.method.error_order)
             factor = torch.minimum(factor.clamp(min=control.min_factor), self._ceiling)
             if control.proportional or control.derivative:
@@ -149,7 +157,7 @@ class RowIntegration:
             self.size = size * factor
             if self.chunk > 1:
                 self._grew = factor.max()
-            return ratio, accepted
+            return accepted, sound or not looks
 
     def _move(self, step: Step, record: RowStep, accepted: torch.Tensor,
               on_step: Callable[[Step], None] | None) -> None:  # fmt: skip
@@ -188,6 +196,13 @@ class RowIntegration:
             Whether a step of the chunk overflowed.
         """
         assert self.size is not None
+        if self.chunk == 1 and not self._interior:  # often one number tells that there is nothing else to look at
+            smallest = float(torch.where(self.ended, math.inf, self.size).amin())
+            if smallest > self._finest:
+                self.done = smallest == math.inf
+                if self.done:
+                    self._count()
+                return False
         rest = (self.end - self.t).abs()
         stuck = (self.t + self.direction * self.size == self.t) | (self._broken & (self.size <= self._resolution))
         stuck = stuck & ~self.ended
