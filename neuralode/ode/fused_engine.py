@@ -182,8 +182,6 @@ def _unfit(y0: State, ts: torch.Tensor, by_sample: bool) -> str:
         return f"there are no kernels for {parts[0].device.type!r}"
     if parts[0].device.type == "cpu" and library() is None:
         return why_not()
-    if parts[0].device.type == "cuda" and ts.requires_grad:
-        return "gradients of the times are the stepper's on a GPU"
     if any(part.numel() == 0 for part in parts):
         return "the state is empty"
     if torch.is_grad_enabled() and any(part.is_inference() for part in parts):

@@ -66,10 +66,10 @@ def _variants() -> Iterator[tuple[str, Variant]]:
     for name, (make, width) in fields.items():
         module = make()
         lowered = lower(lambda t, y, module=module: module(y), torch.tensor(0.0), torch.ones(5, width), ())
-        for steps in STEPS:
-            yield f"{name}, steps {steps.lower()}", Variant(
+        for steps, times_move in [*((steps, False) for steps in STEPS), ("SHARED", True)]:
+            yield f"{name}, steps {steps.lower()}{', moving times' if times_move else ''}", Variant(
                 lowered.program, (True,) * len(lowered.tensors), method_data(DOPRI5), steps, (0,) * width,
-                torch.float32, True, _SHARED_LIMITS[name],
+                torch.float32, True, _SHARED_LIMITS[name], times_move,
             )  # fmt: skip
 
 

@@ -78,6 +78,27 @@ def test_steps_and_times_of_each_sample(tableau: Tableau, case: Any) -> None:
     compare(case(40), 40, tableau, ts, per_sample=True, rtol=1e-3, machine=SHIM)
 
 
+@pytest.mark.parametrize("times", ["whole", "inner", "of each sample", "backwards"])
+@pytest.mark.parametrize("budget", [2**31, 0], ids=["kept", "again"])
+@pytest.mark.parametrize("case", [lambda n: mlp(2, [9], n, time=True), lambda n: mlp(3, [70], n, time=True), stiff],
+                         ids=["a thread a row", "a block a tile", "van der Pol"])  # fmt: skip
+def test_gradients_of_times(case: Any, budget: int, times: str) -> None:
+    ts = torch.tensor({"whole": [0.5, 1.5], "backwards": [1.0, 0.3, -0.2]}.get(times, [0.0, 0.4, 0.45, 1.0])).double()
+    each = times == "of each sample"
+    if each:
+        ts = torch.stack([ts * (1 + i / 40) for i in range(33)])
+    for tableau in (tableaus.DOPRI5, tableaus.BOSH3) if each else (tableaus.DOPRI5, tableaus.FEHLBERG2):
+        compare(case(33), 33, tableau, ts, per_sample=each, budget=budget, gradient_of_ts=True, machine=SHIM)
+
+
+@pytest.mark.parametrize("tableau", [tableaus.EULER, tableaus.RK4, tableaus.HEUN2], ids=lambda t: t.name)
+@pytest.mark.parametrize("steps", [4, 7])
+def test_gradients_of_times_through_given_steps(tableau: Tableau, steps: int) -> None:
+    ts = torch.tensor([0.0, 0.25, 0.6, 1.0]).double()
+    for case in (mlp(2, [9], 33, time=True), mlp(3, [70], 33, time=True)):
+        compare(case, 33, tableau, ts, steps=steps, gradient_of_ts=True, machine=SHIM)
+
+
 def test_more_steps_than_there_was_room_for() -> None:
     compare(lorenz(4), 4, ts=torch.tensor([0.0, 30.0]).double(), rtol=1e-8, machine=SHIM)
 

@@ -22,7 +22,7 @@ class Problem(ctypes.Structure):
         *((name, Pointer) for name in (
             "tensors", "own_rows", "y0", "slope", "ys", "ts", "grid", "stages", "end_state", "step_t", "step_h",
             "until", "step_count", "parts", "workspace", "overflow", "tickets", "status", "counts", "cotangents",
-            "grad_y0", "grad_rows", "grad_tensors")),
+            "grad_y0", "grad_rows", "grad_tensors", "grad_times")),
         ("limits", Limits),
     ]  # fmt: skip
 
@@ -64,7 +64,7 @@ class CUDASolve(ctypes.Structure):
         steps = "GIVEN" if task.grid is not None else "OWN" if job.per_sample else "SHARED"
         wants = job.wants_gradient or (False,) * len(task.tensors)
         self.variant = Variant(job.program, wants, job.method, steps, job.groups, task.y0.dtype, self._keeps(steps),
-                               machine.shared_limit(task.y0.device))  # fmt: skip
+                               machine.shared_limit(task.y0.device), job.times_move)  # fmt: skip
         self.layout: Layout = layout_of(self.variant)
         self.report = Report()
         self._kept: dict[str, torch.Tensor] = {}
@@ -136,12 +136,16 @@ class CUDASolve(ctypes.Structure):
 
     def backward(self, grad_ys: torch.Tensor, wants_y0: bool) -> tuple[torch.Tensor | None, list[torch.Tensor | None],
                                                                       torch.Tensor | None]:  # fmt: skip
-        """The gradients of the state [B, D] and of the tensors; there are none of the times."""
+        """The gradients of the state [B, D], of the tensors, and of the times in double precision."""
         task, layout = self.task, self.layout
         rows = len(task.y0)
         grad_y0 = torch.empty_like(task.y0)
         grad_rows = task.y0.new_zeros(rows, max(1, layout.row_features))
         self._give(cotangents=grad_ys.contiguous(), grad_y0=grad_y0, grad_rows=grad_rows)
+        if self.job.times_move:
+            parts = layout.warps if layout.tiled else 1
+            self._give(grad_times=torch.zeros(
+                parts, rows, task.ts.shape[-1], dtype=torch.double, device=task.y0.device))  # fmt: skip
         self._launch("neuralode_backward", True, False)
         sums = self._kept["grad_tensors"].double().sum(0).to(task.y0.dtype)
         found: list[torch.Tensor | None] = []
@@ -154,7 +158,14 @@ class CUDASolve(ctypes.Structure):
                 found.append(sums[layout.sums[i] : layout.sums[i] + layout.size(i)].reshape(x.shape))
         stages = len(self.job.method.c) - self.job.method.fsal
         self.report.products = self.report.accepted * stages
-        return (grad_y0 if wants_y0 else None), found, None
+        return (grad_y0 if wants_y0 else None), found, self._grad_times()
+
+    def _grad_times(self) -> torch.Tensor | None:
+        """From the threads' shares to the gradient of the times, as the task has them."""
+        if not self.job.times_move:
+            return None
+        shares = self._kept["grad_times"].sum(0)
+        return (shares if self.task.ts.dim() == 2 else shares.sum(0)).to(self.task.ts.device)
 
     def take_states(self) -> torch.Tensor:
         """The states [T, B, D], handed over: a graph that owns this solve must not be owned by it through them."""

@@ -34,6 +34,8 @@ class Variant:
     keep_stages: bool = True
     shared_limit: int = 99 * 1024
     """Bytes that the threads of a block may share."""
+    times_move: bool = False
+    """Whether the times want a gradient."""
 
 
 class Memory(NamedTuple):
@@ -60,7 +62,7 @@ class Layout:
 
     def __init__(self, variant: Variant):
         self.variant = variant
-        self.plan: Plan = make_plan(variant.program, variant.wants_gradient, False)
+        self.plan: Plan = make_plan(variant.program, variant.wants_gradient, variant.times_move)
         self.width = variant.program.width
         self.forward: dict[int, int] = {}
         """Where each tensor begins; a weight for the forward product."""
@@ -197,7 +199,7 @@ def write_source(variant: Variant, backward: bool) -> str:
     }  # fmt: skip
     flags = {
         "FSAL": method.fsal, "LANDS": method.lands, "HAS_LOW": bool(method.error_low),
-        "KEEP_STAGES": variant.keep_stages, "SHARED_TENSORS": memory.fits["tensors"],
+        "KEEP_STAGES": variant.keep_stages, "TIMES_MOVE": variant.times_move, "SHARED_TENSORS": memory.fits["tensors"],
         "SHARED_SUMS": memory.fits["sums"], **{f"FITS_{name}": fits for name, fits in memory.fits.items()},
     }  # fmt: skip
     tables = [

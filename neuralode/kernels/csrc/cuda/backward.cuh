@@ -13,9 +13,59 @@ struct Adjoints {
     T *k, *du;                     // of the slopes, and of a stage's state
 };
 
-// du, the adjoint of the state that lies in the slot, from that of its slope.
-DEVICE void reverse_slot(const Given& given, double t, Adjoints& at, const T* to_slope, T* du) {
-    if constexpr (TIME >= 0) EACH(d, 1) at.slot[TIME * PITCH + AT(d)] = T(t);
+// A step that is reversed, and this thread's share of what it gives to the times.
+struct Span {
+    double t, h;
+    int first, last;            // the output times in it
+    double start = 0, size = 0; // the adjoints of t and h
+    double* each;               // [times]: those of the output times
+
+    // From an output j that is read at θ = (t_j - t) / h.
+    DEVICE void give(int j, double theta, double by_time) {
+        each[j] += by_time;
+        start -= by_time, size -= theta * by_time;
+    }
+};
+
+// Slope q as a function of time, of the step's size, and of where between its ends the outputs are read. Its adjoint is
+// h times a sum, which is what the state at a stage, at the end or at an output changes by with h.
+DEVICE void pull_times(const Problem& p, const Tile& tile, Span& span, const Adjoints& at, int q, double fraction,
+                       const T* to_slope) {
+    const T* k = at.slot + OUTPUT * PITCH;
+    double along = 0;
+    EACH(d, WIDTH) along += double(k[AT(d)]) * double(to_slope[AT(d)]);
+    span.size += along / span.h;
+    if constexpr (TIME >= 0) EACH(d, 1) {
+        const double by_time = at.registers[TIME * PITCH + AT(d)];
+        span.start += by_time, span.size += fraction * by_time;
+    }
+    const double* ts = times_of(p, tile.row);
+    for (int j = span.first; j < span.last && tile.real; j++) {
+        const Reading r = reading(p, ts, j, span.t, span.h);
+        const double rate = r.at_end ? 0 : r.slope_rate(q);
+        if (rate == 0) continue;
+        const T* g = p.cotangents + (j * p.rows + tile.row) * WIDTH;
+        double change = 0;
+        EACH(d, WIDTH) change += double(k[AT(d)]) * double(g[d]);
+        span.give(j, r.theta, rate * change);
+    }
+}
+
+// The grid moves with the first time, or with the output that a step ended at before; a step that ends at an output
+// stretches with it.
+DEVICE void give_times(const Problem& p, const Tile& tile, const Span& span) {
+    if (!tile.real) return;
+    double start = span.start;
+    if (span.last > span.first && at_end(p, times_of(p, tile.row), span.last - 1, span.t, span.h))
+        span.each[span.last - 1] += span.size, start -= span.size;
+    span.each[LANDS ? span.first - 1 : 0] += start;
+}
+
+// du, the adjoint of the state that lies in the slot, from that of its slope, the q-th of the step.
+DEVICE void reverse_slot(const Problem& p, const Given& given, const Tile& tile, Span& span, int q, double fraction,
+                         Adjoints& at, T* du) {
+    const T* to_slope = at.k + q * WIDTH * PITCH;
+    if constexpr (TIME >= 0) EACH(d, 1) at.slot[TIME * PITCH + AT(d)] = T(span.t + fraction * span.h);
     meet_rows();
     evaluate(given, at.slot);
     clear_adjoints(at.registers);
@@ -23,24 +73,30 @@ DEVICE void reverse_slot(const Given& given, double t, Adjoints& at, const T* to
     meet_rows();
     reverse(given, at.slot, at.registers);
     EACH(d, WIDTH) du[AT(d)] = at.registers[AT(d)];
+    if constexpr (TIMES_MOVE) pull_times(p, tile, span, at, q, fraction, to_slope);
     meet_rows();
 }
 
 // Takes in what the outputs of a step were given; true if the slope at its end got something.
-DEVICE bool pull_outputs(const Problem& p, const Tile& tile, double t, double h, int first, int last, Adjoints& at) {
+DEVICE bool pull_outputs(const Problem& p, const Tile& tile, Span& span, Adjoints& at, const T* y, const T* y1) {
     const double* ts = times_of(p, tile.row);
     bool found = false;
-    for (int j = first; j < last && tile.real; j++) {
-        const Reading r = reading(ts, j, t, h);
+    for (int j = span.first; j < span.last && tile.real; j++) {
+        const Reading r = reading(p, ts, j, span.t, span.h);
         const T* g = p.cotangents + (j * p.rows + tile.row) * WIDTH;
         const T start = T(r.start()), finish = T(r.finish());
         EACH(d, WIDTH) at.to_start[AT(d)] += start * g[d], at.to_end[AT(d)] += finish * g[d];
+        if (TIMES_MOVE && BETWEEN != POLYNOMIAL && !r.at_end) {
+            double change = 0;
+            EACH(d, WIDTH) change += (double(y1[d]) - double(y[d])) * double(g[d]);
+            span.give(j, r.theta, r.finish_rate() * change / span.h);
+        }
         if (r.at_end || BETWEEN == LINE) continue;
         for (int i = 0; i < SLOPES; i++) {
-            const T weight = T(h * r.slope(i));
+            const T weight = T(span.h * r.slope(i));
             EACH(d, WIDTH) at.k[i * WIDTH * PITCH + AT(d)] += weight * g[d];
         }
-        found |= r.slope(END) != 0;
+        found |= r.slope(END) != 0 || (TIMES_MOVE && r.slope_rate(END) != 0);
     }
     return found;
 }
@@ -56,19 +112,19 @@ DEVICE void make_stages(const Problem& p, const Given& given, const Tile& tile, 
     }
 }
 
-DEVICE void reverse_step(const Problem& p, const Given& given, const Tile& tile, long long n, long long count, double t,
-                         double h, int first, int last, Adjoints& at, T* u, T* values) {
+DEVICE void reverse_step(const Problem& p, const Given& given, const Tile& tile, long long n, long long count,
+                         Span& span, Adjoints& at, T* u, T* values) {
+    const double t = span.t, h = span.h;
     EACH(d, WIDTH) at.to_end[AT(d)] = at.lambda[AT(d)], at.to_start[AT(d)] = 0;
     EACH(d, SLOPES * WIDTH) at.k[AT(d)] = 0;
     meet_rows();
     if constexpr (!KEEP_STAGES) make_stages(p, given, tile, n, t, h, u, values, at.slot);
-    bool ends = pull_outputs(p, tile, t, h, first, last, at);
+    const T* y1 = n + 1 < count ? stage_of(p, n + 1, 0, tile.row) : p.end_state + tile.row * WIDTH;
+    bool ends = pull_outputs(p, tile, span, at, stage_of(p, n, 0, tile.row), y1);
     if constexpr (TILED) ends = meet_or(ends);
     if (ends) {
-        const T* y1 = n + 1 < count ? nullptr : p.end_state + tile.row * WIDTH;
-        if (y1) EACH(d, WIDTH) at.slot[AT(d)] = y1[d];
-        else load_stage(p, n + 1, 0, tile.row, at.slot);
-        reverse_slot(given, t + h, at, at.k + END * WIDTH * PITCH, at.du);
+        EACH(d, WIDTH) at.slot[AT(d)] = y1[d];
+        reverse_slot(p, given, tile, span, END, 1, at, at.du);
         EACH(d, WIDTH) at.to_end[AT(d)] += at.du[AT(d)];
     }
     EACH(d, WIDTH) {
@@ -81,7 +137,7 @@ DEVICE void reverse_step(const Problem& p, const Given& given, const Tile& tile,
     for (int i = INNER - 1; i >= 0; i--) {
         if constexpr (KEEP_STAGES) load_stage(p, n, i, tile.row, at.slot);
         else EACH(d, WIDTH) at.slot[AT(d)] = u[i * WIDTH * PITCH + AT(d)];
-        reverse_slot(given, t + c[i] * h, at, at.k + i * WIDTH * PITCH, at.du);
+        reverse_slot(p, given, tile, span, i, c[i], at, at.du);
         EACH(d, WIDTH) {
             const T g = at.du[AT(d)];
             at.to_start[AT(d)] += g;
@@ -91,6 +147,7 @@ DEVICE void reverse_step(const Problem& p, const Given& given, const Tile& tile,
         meet_rows();
     }
     EACH(d, WIDTH) at.lambda[AT(d)] = at.to_start[AT(d)];
+    if constexpr (TIMES_MOVE) give_times(p, tile, span);
     meet_rows();
 }
 
@@ -99,11 +156,13 @@ DEVICE void reverse_tile(const Problem& p, const Given& given, const Tile& tile,
     EACH(d, OWN_ROWS) given.row_sums[AT(d)] = 0;
     meet_rows();
     const bool own = STEPS == OWN;
+    double* each = nullptr;
+    if constexpr (TIMES_MOVE) each = p.grad_times + ((TILED ? warp() : 0) * p.rows + tile.row) * p.times;
     const long long count = STEPS == GIVEN ? p.steps : p.step_count[own ? tile.row : 0];
     for (long long n = count - 1; n >= 0; n--) {
         const long long row = own ? n * p.rows + tile.row : n, before = own ? row - p.rows : row - 1;
-        reverse_step(p, given, tile, n, count, p.step_t[row], p.step_h[row], n ? p.until[before] : 1, p.until[row], at, u,
-                     values);
+        Span span{p.step_t[row], p.step_h[row], n ? p.until[before] : 1, p.until[row], 0, 0, each};
+        reverse_step(p, given, tile, n, count, span, at, u, values);
     }
     if (!tile.real) return;
     EACH(d, WIDTH) {

@@ -35,9 +35,9 @@ DEVICE int evaluate_end(const Given& given, double t, double h, bool wanted, con
 }
 
 // Whether an output time lies between the ends of a step, where a Hermite polynomial needs the slope at its end.
-DEVICE bool reads_end(const double* ts, int first, int last, double t, double h) {
+DEVICE bool reads_end(const Problem& p, const double* ts, int first, int last, double t, double h) {
     bool found = false;
-    for (int j = first; j < last; j++) found |= !at_end(ts, j, t, h);
+    for (int j = first; j < last; j++) found |= !at_end(p, ts, j, t, h);
     return BETWEEN == HERMITE && !FSAL && found;
 }
 
@@ -74,7 +74,7 @@ DEVICE void through_given(const Problem& p, const Given& given, const Tile& tile
         attempt(p, given, t, h, n, tile.row, tile.real, y, k, slot, y1);
         evaluations += SLOPES - 2 + FSAL;
         if constexpr (!FSAL)
-            evaluations += evaluate_end(given, t, h, n + 1 < p.steps || reads_end(ts, next, last, t, h), y1, k, slot);
+            evaluations += evaluate_end(given, t, h, n + 1 < p.steps || reads_end(p, ts, next, last, t, h), y1, k, slot);
         read_outputs(p, tile.row, tile.real, t, h, next, last, y, y1, k);
         if (p.stages && block() == 0 && thread() == 0) p.step_t[n] = t, p.step_h[n] = h, p.until[n] = last;
         next = last;
@@ -268,7 +268,7 @@ DEVICE void together(const Problem& p, const T* tensors, T* y, T* y1, T* k, T* s
         if (lands && wanted > fabs(h)) r.size = fmax(r.size, wanted);
         if (last > first) r.tried_at_output = r.tried;
         r.next = last, r.t = lands ? p.ts[last - 1] : end, r.done = last == p.times;
-        const bool need = !FSAL && (!r.done || reads_end(p.ts, first, last, t, h));
+        const bool need = !FSAL && (!r.done || reads_end(p, p.ts, first, last, t, h));
         OWN_TILES(p) {
             const Tile tile(p, i);
             get<WIDTH>(p, tile, 0, y), get<WIDTH>(p, tile, WIDTH, y1), get<SLOPES * WIDTH>(p, tile, 2 * WIDTH, k);

@@ -29,6 +29,7 @@ struct Problem {
     const T* cotangents;       // [times][rows][width]
     T *grad_y0, *grad_rows;
     T* grad_tensors;           // [block][SUMS]
+    double* grad_times;        // [warp of a row][rows][times]: each thread's share
     Limits limits;
 };
 
@@ -142,15 +143,19 @@ DEVICE void stage(int i, const T* y, const T* k, T h, T* out) {
     }
 }
 
+DEVICE T* stage_of(const Problem& p, long long step, int i, long long row) {
+    return p.stages + ((step * (KEEP_STAGES ? INNER : 1) + i) * p.rows + row) * WIDTH;
+}
+
 // Writes the state of a stage to the record of a step.
 DEVICE void keep_stage(const Problem& p, long long step, int i, long long row, bool real, const T* u) {
     if (!p.stages || !real || (!KEEP_STAGES && i)) return;
-    T* to = p.stages + ((step * (KEEP_STAGES ? INNER : 1) + i) * p.rows + row) * WIDTH;
+    T* to = stage_of(p, step, i, row);
     EACH(d, WIDTH) to[d] = u[AT(d)];
 }
 
 DEVICE void load_stage(const Problem& p, long long step, int i, long long row, T* u) {
-    const T* from = p.stages + ((step * (KEEP_STAGES ? INNER : 1) + i) * p.rows + row) * WIDTH;
+    const T* from = stage_of(p, step, i, row);
     EACH(d, WIDTH) u[AT(d)] = from[d];
 }
 
@@ -207,16 +212,33 @@ struct Reading {
         for (int n = DEGREE - 1; n >= 0; n--) value = (value + interpolant[i][n]) * theta;
         return value;
     }
+    // Their derivatives by θ, of a reading that is not at the end.
+    DEVICE double finish_rate() const {
+        return BETWEEN == LINE ? 1 : BETWEEN == HERMITE ? 6 * theta * (1 - theta) : 0;
+    }
+    DEVICE double slope_rate(int i) const {
+        if (BETWEEN == LINE) return 0;
+        if constexpr (BETWEEN == HERMITE) {
+            if (i == 0) return (1 - theta) * (1 - 3 * theta);
+            return i == END ? theta * (3 * theta - 2) : 0;
+        }
+        if (i >= STAGES) return 0;
+        double value = 0;
+        for (int n = DEGREE - 1; n >= 0; n--) value = value * theta + (n + 1) * interpolant[i][n];
+        return value;
+    }
 };
 
 DEVICE const double* times_of(const Problem& p, long long row) { return p.times_per_sample ? p.ts + row * p.times : p.ts; }
 
-DEVICE bool at_end(const double* ts, int j, double t, double h) {
-    return fabs(ts[j] - (t + h)) <= 1e-12 * fmax(fabs(t + h), fabs(h));
+// A step that meets an output time by chance does not move with it.
+DEVICE bool at_end(const Problem& p, const double* ts, int j, double t, double h) {
+    const bool bound = !TIMES_MOVE || LANDS || j == p.times - 1;
+    return bound && fabs(ts[j] - (t + h)) <= 1e-12 * fmax(fabs(t + h), fabs(h));
 }
 
-DEVICE Reading reading(const double* ts, int j, double t, double h) {
-    return {h != 0 ? (ts[j] - t) / h : 0, at_end(ts, j, t, h)};
+DEVICE Reading reading(const Problem& p, const double* ts, int j, double t, double h) {
+    return {h != 0 ? (ts[j] - t) / h : 0, at_end(p, ts, j, t, h)};
 }
 
 // Writes the states at the output times first, ..., last - 1, which lie in a step.
@@ -224,7 +246,7 @@ DEVICE void read_outputs(const Problem& p, long long row, bool real, double t, d
                          const T* y1, const T* k) {
     const double* ts = times_of(p, row);
     for (int j = first; j < last && real; j++) {
-        const Reading r = reading(ts, j, t, h);
+        const Reading r = reading(p, ts, j, t, h);
         T* to = p.ys + (j * p.rows + row) * WIDTH;
         if (r.at_end) {
             EACH(d, WIDTH) to[d] = y1[AT(d)];
