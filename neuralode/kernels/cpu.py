@@ -118,6 +118,7 @@ class CPUSolve(ctypes.Structure):
         self.task, job = task, task.job
         self.ys = task.y0.new_empty(task.ts.shape[-1], *task.y0.shape)
         self.tensors = [x.contiguous() for x in task.tensors]
+        self._shapes = [x.shape for x in self.tensors]  # a module may change them before the backward pass
         outline = _outline(job, task.y0.shape, task.ts.shape)
         pointers = _pointers(self.tensors)
         problem = _Problem.from_buffer_copy(outline.problem)
@@ -145,7 +146,8 @@ class CPUSolve(ctypes.Structure):
         """The gradients of the state [B, D], of the tensors, and of the times in double precision."""
         y0 = torch.empty_like(self.task.y0) if wants_y0 else None
         wants = self.task.job.wants_gradient or itertools.repeat(False)
-        found = [torch.empty_like(x) if w else None for x, w in zip(self.tensors, wants, strict=False)]
+        new = self.task.y0.new_empty
+        found = [new(shape) if w else None for shape, w in zip(self._shapes, wants, strict=False)]
         times = torch.empty_like(self.task.ts) if self.task.job.times_move else None
         grad_ys = grad_ys.contiguous()
         pointers = _pointers(found)

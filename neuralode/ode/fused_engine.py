@@ -213,8 +213,8 @@ class _Solve:
             raise NotFused(_INFERENCE)
         self.task = Task(
             kind.job(lowered.program, lands, moving if self.records else ()), lowered.tensors,
-            _plain(rows), _plain(ts).double(), grid,
-            None if lowered.dy is None else _plain(self._as_rows(lowered.dy, width)),
+            rows.detach().contiguous(), ts.detach().double().contiguous(), grid,
+            None if lowered.dy is None else self._as_rows(lowered.dy, width).detach().contiguous(),
         )  # fmt: skip
 
     def _as_rows(self, state: State, width: int) -> torch.Tensor:
@@ -268,10 +268,6 @@ class _Solve:
         integration = Integration(settings, counted, clock, rows, Stats("fused", "", ""))
         integration.run()
         return torch.stack(integration.outputs)
-
-
-def _plain(x: torch.Tensor) -> torch.Tensor:
-    return (x.detach() if x.requires_grad else x).contiguous()
 
 
 def _kernel_for(task: Task) -> CPUSolve | CUDASolve:

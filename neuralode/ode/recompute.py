@@ -76,7 +76,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.clock, ctx.first_output, ctx.stats = integration.clock, before, stats
         # the constants, and y, are saved so that autograd notices if they were changed in place since
         ctx.save_for_backward(ts, *inputs, y, *evaluate.constants)
-        ctx.inputs, ctx.autocast = inputs, autocast
+        ctx.inputs, ctx.autocast, ctx.seen = inputs, autocast, _seen(inputs)
         results = [state.detach() for state in (*integration.outputs[before:], integration.y)]
         if ctx.settings.estimates:
             sums = (integration.extras.error_sum, integration.extras.stiffness_sum)
@@ -91,6 +91,11 @@ class _Recomputed(torch.autograd.Function):
                 "second derivatives through recomputed steps are not available; give checkpoint='never' to the solve."
             )
         ts, inputs = ctx.saved_tensors[0], ctx.inputs
+        if ctx.seen != _seen(inputs):
+            raise UsageError(
+                "a parameter was changed between the solve and its gradient, whose recomputation would use the new "
+                "value; take the gradient first, or give checkpoint='never' to the solve."
+            )
         # the input that wants no gradient is not differentiated
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[6:], strict=True) if needed]
         ctx.evaluate.begin_backward()
@@ -101,6 +106,12 @@ class _Recomputed(torch.autograd.Function):
         rest = [next(found) if needed else None for needed in ctx.needs_input_grad[6:]]
         times = sweep.times_total if ctx.needs_input_grad[5] else None
         return (None, None, None, None, gradient, times, *rest)
+
+
+def _seen(inputs: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Where tensors lie and how often they were changed: autograd does not see `.data = ...`, nor, where others' hooks
+    save the tensors, a change in place."""
+    return [(x.data_ptr() if x.layout is torch.strided else 0, x._version) for x in inputs]
 
 
 class _Sweep:

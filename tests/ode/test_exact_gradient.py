@@ -368,56 +368,6 @@ def test_second_derivatives_are_refused_elsewhere(how: dict[str, Any], remedy: s
         torch.autograd.grad(weighed(ys), y0, create_graph=True)
 
 
-KEPT = {"never": {"checkpoint": "never"}, "always": {"checkpoint": "always"}, "some": {"checkpoint": 2},
-        "adjoint": {"gradient": "adjoint"}}  # fmt: skip
-
-
-@pytest.mark.parametrize("how", KEPT.values(), ids=KEPT)
-def test_the_start_changed_in_place_is_noticed_or_does_no_harm(how: dict[str, Any]) -> None:
-    net, y0 = mlp(), start().detach().clone()
-    wanted = torch.autograd.grad(weighed(solve(net, y0, [0.0, 1.0], **how).ys), list(net.parameters()))
-    ys = solve(net, y0, [0.0, 1.0], **how).ys
-    y0.mul_(2)
-    try:
-        found = torch.autograd.grad(weighed(ys), list(net.parameters()))
-    except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)  # noqa: PT017
-        return
-    assert_equal(found, wanted)
-
-
-@pytest.mark.parametrize("how", KEPT.values(), ids=KEPT)
-def test_a_parameter_changed_in_place_is_noticed(how: dict[str, Any]) -> None:
-    net = mlp()
-    ys = solve(net, start(), [0.0, 1.0], **how).ys
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        weighed(ys).backward()
-
-
-@pytest.mark.parametrize("how", KEPT.values(), ids=KEPT)
-def test_an_argument_changed_in_place_is_noticed(how: dict[str, Any]) -> None:
-    rate, scale = leaf(0.5), torch.ones(2, dtype=torch.float64)
-    ys = solve(lambda t, y, scale: rate * y * scale, start(), [0.0, 1.0], args=(scale,), **how).ys
-    scale.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        weighed(ys).backward()
-
-
-@pytest.mark.parametrize("checkpoint", ["never", "always", 2])
-def test_a_module_given_other_parameters_since_keeps_the_gradient_of_the_solve(checkpoint: Any) -> None:
-    net, y0 = mlp(), start()
-    old = dict(net.named_parameters())
-    ys = solve(net, y0, [0.0, 1.0], checkpoint=checkpoint).ys
-    wanted = torch.autograd.grad(weighed(solve(net, y0, [0.0, 1.0], checkpoint="never").ys), list(old.values()))
-    for name in old:
-        parent, _, last = name.rpartition(".")
-        setattr(net.get_submodule(parent), last, nn.Parameter(torch.zeros_like(old[name])))
-    assert_equal(torch.autograd.grad(weighed(ys), list(old.values())), wanted)
-
-
 def test_a_second_backward_pass_gives_the_same_gradient() -> None:
     # as autograd has it for kept graphs with retain_graph=True
     net, y0 = mlp(), start()

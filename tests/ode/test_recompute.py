@@ -1,0 +1,101 @@
+"""What the user changes between a solve and its gradient is noticed, or does no harm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+
+from neuralode.errors import UsageError
+from neuralode.ode import solve
+from tests.ode.test_exact_gradient import assert_equal, leaf, mlp, start, weighed
+
+KEPT = {"never": {"checkpoint": "never"}, "always": {"checkpoint": "always"}, "some": {"checkpoint": 2},
+        "adjoint": {"gradient": "adjoint"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", KEPT.values(), ids=KEPT)
+def test_the_start_changed_in_place_is_noticed_or_does_no_harm(how: dict[str, Any]) -> None:
+    net, y0 = mlp(), start().detach().clone()
+    wanted = torch.autograd.grad(weighed(solve(net, y0, [0.0, 1.0], **how).ys), list(net.parameters()))
+    ys = solve(net, y0, [0.0, 1.0], **how).ys
+    y0.mul_(2)
+    try:
+        found = torch.autograd.grad(weighed(ys), list(net.parameters()))
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017
+        return
+    assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize("how", KEPT.values(), ids=KEPT)
+def test_a_parameter_changed_in_place_is_noticed(how: dict[str, Any]) -> None:
+    net = mlp()
+    ys = solve(net, start(), [0.0, 1.0], **how).ys
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        weighed(ys).backward()
+
+
+@pytest.mark.parametrize("how", KEPT.values(), ids=KEPT)
+def test_an_argument_changed_in_place_is_noticed(how: dict[str, Any]) -> None:
+    rate, scale = leaf(0.5), torch.ones(2, dtype=torch.float64)
+    ys = solve(lambda t, y, scale: rate * y * scale, start(), [0.0, 1.0], args=(scale,), **how).ys
+    scale.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        weighed(ys).backward()
+
+
+@pytest.mark.parametrize("checkpoint", ["never", "always", 2])
+def test_a_module_given_other_parameters_since_keeps_the_gradient_of_the_solve(checkpoint: Any) -> None:
+    net, y0 = mlp(), start()
+    old = dict(net.named_parameters())
+    ys = solve(net, y0, [0.0, 1.0], checkpoint=checkpoint).ys
+    wanted = torch.autograd.grad(weighed(solve(net, y0, [0.0, 1.0], checkpoint="never").ys), list(old.values()))
+    for name in old:
+        parent, _, last = name.rpartition(".")
+        setattr(net.get_submodule(parent), last, nn.Parameter(torch.zeros_like(old[name])))
+    assert_equal(torch.autograd.grad(weighed(ys), list(old.values())), wanted)
+
+
+@pytest.mark.parametrize("how", [KEPT["always"], KEPT["some"]], ids=["always", "some"])
+def test_other_memory_of_a_parameter_is_noticed(how: dict[str, Any]) -> None:
+    net = mlp()
+    ys = solve(net, start(), [0.0, 1.0], engine="stepper", **how).ys
+    for parameter in net.parameters():
+        parameter.data = parameter.data * 2
+    with pytest.raises(UsageError, match="changed between the solve and its gradient"):
+        weighed(ys).backward()
+
+
+@pytest.mark.parametrize("engine", ["fused", "stepper"])
+def test_changes_that_hooks_hide(engine: str) -> None:
+    net = mlp()
+    with save_on_cpu():
+        ys = solve(net, start(), [0.0, 1.0], engine=engine, checkpoint="always").ys
+    wanted = torch.autograd.grad(weighed(solve(net, start(), [0.0, 1.0]).ys), list(net.parameters()))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(2)
+    if engine == "stepper":
+        with pytest.raises(UsageError, match="changed between the solve and its gradient"):
+            weighed(ys).backward()
+        return
+    assert_equal(torch.autograd.grad(weighed(ys), list(net.parameters())), wanted)
+
+
+@pytest.mark.parametrize("change", [
+    lambda net: net.float(), lambda net: [setattr(p, "data", p.data * 3) for p in net.parameters()],
+], ids=["type", "values"])  # fmt: skip
+def test_the_kernels_keep_what_the_parameters_were(change: Any) -> None:
+    net, y0 = mlp(), start()
+    wanted = torch.autograd.grad(weighed(solve(net, y0, [0.0, 1.0], engine="fused").ys), list(net.parameters()))
+    ys = solve(net, y0, [0.0, 1.0], engine="fused").ys
+    change(net)
+    weighed(ys).backward()
+    assert_equal([parameter.grad for parameter in net.parameters()], wanted)
