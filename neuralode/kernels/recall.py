@@ -41,14 +41,14 @@ def circumstances(t: torch.Tensor | float, y: torch.Tensor | tuple[torch.Tensor,
 
 def remember(field: Callable[..., Any], when: Any, watch: Watch, writer: Writer, program: Program) -> None:
     """Keeps a program for the next solve, if all its tensors can be found again."""
-    made = None if watch.draws else _needed(watch.held(), writer)
+    made = None if watch.draws or watch.opaque else _needed(watch.held(), writer)
     if made is not None:
         _keep(field, when, Remembered(watch, writer, program, made))
 
 
 def remember_refusal(field: Callable[..., Any], when: Any, watch: Watch, reason: str) -> None:
     """Keeps why a field is no program, so that the next solve need not try."""
-    if not watch.draws:
+    if not (watch.draws or watch.opaque):
         _keep(field, when, Remembered(watch, None, None, [], reason))
 
 
@@ -89,6 +89,8 @@ def _needed(held: set[int], writer: Writer) -> list[Made] | None:
         step = makers.get(id(x))
         if step is None or x.requires_grad != (writer.grad and any(y.requires_grad for y in _tensors(step))):
             return None  # made elsewhere, or where no gradient was to pass
+        if isinstance(x.grad_fn, torch.autograd.function.BackwardCFunction):
+            return None  # its gradient is the author's own
         needed[id(step.out)] = step
         held.add(id(x))
         rest += [x for x in _tensors(step) if id(x) not in held]
@@ -181,6 +183,7 @@ class _Modules:
 
     def __init__(self, modules: list[nn.Module], counters: list[Counter]):
         own = [module.__dict__ for module in modules]
+        self._owners, self._kinds = list(map(weakref.ref, modules)), list(map(type, modules))
         self._hooks = [attributes[name] for attributes in own for name in HOOKS]
         self._dicts = [*own, *(attributes[name] for attributes in own for name in _HELD)]
         self._sizes = list(map(len, self._dicts))
@@ -195,6 +198,8 @@ class _Modules:
     def hold(self) -> bool:
         """Whether they are as they were."""
         if any(self._hooks) or list(map(len, self._dicts)) != self._sizes:
+            return False
+        if [type(owner()) for owner in self._owners] != self._kinds:
             return False
         now = itertools.compress(self._now(), self._fixed) if self._count else self._now()
         return all(map(is_, now, self._values))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import collections
+import enum
 import functools
+import io
+import logging
 import random
 import types
 import weakref
@@ -23,6 +26,19 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 """Attributes of a module that hold its hooks."""
 _LARGE = 256
 """Entries of a container beyond which only their number is looked at."""
+_DEEPEST, _MOST_PLACES = 8, 256
+"""How far, and at how many things, is looked."""
+_KNOWN_PACKAGES = frozenset({
+    "torch", "neuralode", "builtins", "math", "cmath", "operator", "functools", "itertools", "typing", "numpy", "types",
+    "abc", "collections", "contextlib", "dataclasses", "enum", "einops", "copy", "warnings", "sys", "os", "time",
+})  # fmt: skip
+"""Packages whose modules and classes a field may name: what they hold is not a user's to change."""
+_FROZEN = (torch.Tensor, str, bytes, complex, range, slice, enum.Enum, torch.Generator, types.BuiltinFunctionType,
+           types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType, np.generic, logging.Logger,
+           io.IOBase)  # fmt: skip
+"""Types whose values do not change, or are looked at elsewhere."""
+_GIVING = (random.Random, np.random.Generator, np.random.RandomState, Iterator)
+"""Types that give something else each time."""
 
 
 class Watch:
@@ -37,8 +53,11 @@ class Watch:
         self.modules: list[nn.Module] = []
         self.places: list[Place] = []
         self._seen: set[Any] = set()
+        self.opaque = False
+        """Whether it holds or names something whose changes cannot be seen, so that nothing may be remembered of it."""
         self._random: Any = None
         """Where the generators of Python and NumPy stand, if a function names them."""
+        self._gives = ""
         self._enter(field)
         self.counters: list[Counter] = []
 
@@ -56,6 +75,8 @@ class Watch:
         """Why the field should not be called for its program at all; empty if it may be."""
         if hooks_everywhere():
             return "there are hooks on all modules"
+        if self._gives:
+            return self._gives
         for module in self.modules:
             if has_hooks(module):
                 return f"{type(module).__name__} has hooks"
@@ -91,7 +112,10 @@ class Watch:
 
     def _enter(self, thing: Any, depth: int = 0) -> None:
         """Watches a module, a function or an object, and what they hold."""
-        if type(thing) in _PLAIN or id(thing) in self._seen or depth > 4:
+        if type(thing) in _PLAIN or id(thing) in self._seen:
+            return
+        if depth > _DEEPEST or len(self.places) > _MOST_PLACES:
+            self.opaque = True
             return
         self._seen.add(id(thing))
         if isinstance(thing, nn.Module):
@@ -111,13 +135,39 @@ class Watch:
             if self._random is None and "random" in _globals_of(thing.__code__):
                 self._random = _generators()
             self._look_at(_Variables(thing, self._seen), depth)
+            self._enter_names(thing)
+            for part in (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()):
+                self._enter(part, depth + 1)
+            if thing.__dict__:
+                self._look_at(_Attributes(thing), depth)
         elif isinstance(thing, tuple):
+            self.opaque |= len(thing) > _LARGE
             for part in thing[:_LARGE]:
                 self._enter(part, depth + 1)
         elif isinstance(thing, _CONTAINERS):
+            self.opaque |= len(thing) > _LARGE
             self._look_at(_Entries(thing), depth)
-        elif hasattr(thing, "__dict__") and not isinstance(thing, type | types.ModuleType | torch.Tensor):
+        elif isinstance(thing, type | types.ModuleType):
+            self.opaque |= not _is_of_known_package(thing)
+        elif isinstance(thing, _FROZEN):
+            pass
+        elif isinstance(thing, _GIVING):
+            self._gives = f"it holds a {type(thing).__name__}, and what a call takes of that cannot be given back"
+        elif isinstance(thing, staticmethod | classmethod | property):
+            for function in (getattr(thing, "__func__", None), getattr(thing, "fget", None)):
+                self._enter(function, depth + 1)
+        elif hasattr(thing, "__dict__"):
+            self.opaque |= any(owner.__dict__.get("__slots__") for owner in type(thing).__mro__[:-1])
             self._enter_object(thing, depth)
+        else:
+            self.opaque = True
+
+    def _enter_names(self, function: types.FunctionType) -> None:
+        """Looks whether a function names modules or classes of the user's, whose attributes are not followed."""
+        for name in _globals_of(function.__code__):
+            thing = function.__globals__.get(name)
+            if isinstance(thing, type | types.ModuleType) and not _is_of_known_package(thing):
+                self.opaque = True
 
     def _enter_object(self, thing: Any, depth: int) -> None:
         self._look_at(_Attributes(thing), depth)
@@ -132,6 +182,11 @@ class Watch:
             self._enter(value, depth + 1)
 
 
+def _is_of_known_package(thing: type | types.ModuleType) -> bool:
+    name = thing.__module__ if isinstance(thing, type) else thing.__name__
+    return name.partition(".")[0] in _KNOWN_PACKAGES or (isinstance(thing, type) and issubclass(thing, nn.Module))
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks of its own."""
     return any(module.__dict__[name] for name in HOOKS)
@@ -140,7 +195,8 @@ def has_hooks(module: nn.Module) -> bool:
 def hooks_everywhere() -> bool:
     """Whether a call of any module runs hooks."""
     shared = nn.modules.module
-    return bool(shared._global_forward_hooks or shared._global_forward_pre_hooks or shared._global_backward_hooks)
+    forwards = shared._global_forward_hooks or shared._global_forward_pre_hooks
+    return bool(forwards or shared._global_backward_hooks or shared._global_backward_pre_hooks)
 
 
 _MISSING = object()
@@ -244,9 +300,7 @@ class _ClassAttributes(Place):
 @functools.lru_cache(maxsize=256)
 def _values_of(owner: type) -> tuple[str, ...]:
     """Names of a class's methods and plain values."""
-    kinds = (types.FunctionType, int, float, *_CONTAINERS, type(None))
-    names = (name for name, value in owner.__dict__.items() if isinstance(value, kinds))
-    return tuple(name for name in names if not name.startswith("__") or name == "__call__")
+    return tuple(name for name in owner.__dict__ if not name.startswith("__") or name == "__call__")
 
 
 class _Variables(Place):

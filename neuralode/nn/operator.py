@@ -8,6 +8,7 @@ since nothing but tensors may pass from one operator to the next.
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any, cast
@@ -15,8 +16,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from neuralode.errors import UsageError
+from neuralode.ode.parameters import leaves_of, new_mark
+
+_UNSEEN = (
+    "and inside torch.compile the block does not see what becomes of it; make it a parameter of the block or a part of "
+    "the state, or keep the block out with torch.compiler.disable(block)."
+)
 _blocks: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
+_looked_at: set[int] = set()
 
 
 def register(block: nn.Module) -> int:
@@ -29,8 +38,22 @@ def register(block: nn.Module) -> int:
 @torch.library.custom_op("neuralode::solve", mutates_args=())
 def solve(y0: torch.Tensor, t: torch.Tensor, parameters: Sequence[torch.Tensor], block: int) -> torch.Tensor:
     """The states of a block's solve, [T, *shape of y0], for times t, [T]; `parameters` are its field's."""
+    if block not in _looked_at:
+        _looked_at.add(block)
+        _warn_of_others(block, y0, t, parameters)
     with torch.no_grad():
         return _states(block, y0, t, parameters).contiguous()
+
+
+def _warn_of_others(number: int, y0: torch.Tensor, t: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
+    """Warns if the field depends on parameters that the operator does not have, whose gradients would be lost."""
+    own = [x.detach().requires_grad_(x.is_floating_point()) for x in parameters]
+    with _autograd(), torch.enable_grad():
+        mark = new_mark()
+        ys = _states(number, y0.detach(), t.detach(), own)
+        others = leaves_of([ys], own, mark)
+    if others:
+        warnings.warn(f"the field uses a parameter that is not the block's own, {_UNSEEN}", stacklevel=2)
 
 
 @solve.register_fake
@@ -45,7 +68,10 @@ def solve_backward(
     """The gradients of y0, of t and of the parameters, from that of the states."""
     inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in (y0, t, *parameters)]
     with _autograd(), torch.enable_grad():
+        mark = new_mark()
         ys = _states(block, inputs[0], inputs[1], inputs[2:])
+        if leaves_of([ys], inputs, mark):
+            raise UsageError(f"the field uses a parameter that is not the block's own, {_UNSEEN}")
         wanted = [x for x in inputs if x.requires_grad]
         found = iter(torch.autograd.grad(ys, wanted, gradient, allow_unused=True))
     gradients = [next(found) if x.requires_grad else None for x in inputs]
@@ -84,5 +110,9 @@ def _autograd() -> Any:
 
 def _states(number: int, y0: torch.Tensor, t: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     block = _blocks[number]
+    for module in block.modules():
+        loose = [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+        if loose:
+            raise UsageError(f"the field holds the tensor {loose[0]!r}, which is no parameter and no buffer, {_UNSEEN}")
     held = dict(zip((name for name, _ in block.named_parameters()), parameters, strict=True))
     return cast(torch.Tensor, torch.func.functional_call(block, held, (y0, t)))

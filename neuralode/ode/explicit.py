@@ -76,7 +76,7 @@ def row_norm(x: torch.Tensor, h: Any) -> torch.Tensor:
 def moment(t: Any, like: torch.Tensor) -> torch.Tensor:
     """A time as the field receives it: a tensor of the state's real type."""
     if isinstance(t, torch.Tensor):
-        return t
+        return t.to(like.dtype.to_real())
     return torch.scalar_tensor(t, dtype=like.dtype.to_real(), device=like.device)
 
 
@@ -86,7 +86,7 @@ def moments(t: Any, h: Any, c: tuple[float, ...], like: torch.Tensor) -> tuple[t
         if not c:
             return ()
         fractions = torch.tensor(c, dtype=t.dtype, device=t.device).view(-1, *[1] * t.dim())
-        return (t + fractions * h).unbind()
+        return (t + fractions * h).to(like.dtype.to_real()).unbind()
     if len(c) < 3:
         return tuple(moment(t + ci * h, like) for ci in c)
     times = [t + ci * h for ci in c]

@@ -39,6 +39,7 @@ _WIDEST = 1024
 _NO_LIMIT = 2**62
 _MOST = 256
 """Kinds of solves, and jobs of a kind, that are remembered."""
+_BATCHES = [torch._C._dispatch_key_parse(name) for name in ("FuncTorchBatched", "Batched")]
 _INFERENCE = "tensors made in inference mode cannot be kept for a gradient"
 
 
@@ -77,8 +78,9 @@ def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config
     Raises:
         NotFused: where the kernels cannot serve; nothing has been done then but one evaluation of the field.
     """
-    if in_transform() or forward_ad._current_level >= 0:
-        raise NotFused("inside a transform, the stepper serves")
+    watched = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+    if watched or in_transform() or forward_ad._current_level >= 0:
+        raise NotFused("inside a transform, or where operations are recorded, the stepper serves")
     kind = _kind_of(config, y0, ts)
     if kind.obstacle:
         raise NotFused(kind.obstacle)
@@ -294,21 +296,29 @@ class _Fused(torch.autograd.Function):
         solve: _Solve = ctx.solve
         kernel = solve.kernel_ref()
         assert kernel is not None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_batch(cotangents[0]):
             return (None, None, *_differentiable(solve, kernel, inputs, cotangents[0], ctx.needs_input_grad[2:]))
         grad_rows, grad_given, grad_ts = kernel.backward(cotangents[0], ctx.needs_input_grad[2])
         solve.stats.nfe_backward += kernel.report.products
         return (None, None, grad_rows, None if grad_ts is None else grad_ts.to(inputs[1].dtype), *grad_given)
 
 
+def _is_batch(x: torch.Tensor) -> bool:
+    """Whether it stands for several tensors at once, as vmap has them, in its old form too."""
+    keys = torch._C._dispatch_keys(x)
+    return any(map(keys.has, _BATCHES))
+
+
 def _differentiable(solve: _Solve, kernel: CPUSolve | CUDASolve, inputs: list[torch.Tensor], cotangent: torch.Tensor,
                     needed: Sequence[bool]) -> list[torch.Tensor | None]:  # fmt: skip
-    """The gradients with a graph of their own."""
+    """The gradients by operations that autograd knows, for a graph of their own or for several cotangents at once."""
     rows, ts, *given = inputs
     sizes = kernel.sizes() if solve.task.grid is None and not solve.kind.by_sample else []
-    ys = solve.again(rows, ts, given, sizes)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        ys = solve.again(rows, ts, given, sizes)
     wanted = [x for x, n in zip(inputs, needed, strict=True) if n]
-    found = iter(torch.autograd.grad(ys, wanted, cotangent, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(ys, wanted, cotangent, create_graph=create_graph, allow_unused=True))
     return [next(found) if n else None for n in needed]
 
 

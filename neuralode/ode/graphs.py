@@ -9,11 +9,8 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from neuralode.errors import UsageError
 from neuralode.kernels.cuda.compiler import CompileError
@@ -27,7 +24,7 @@ from neuralode.ode.explicit import RungeKutta
 from neuralode.ode.fused_engine import limits_of, method_data
 from neuralode.ode.observed_field import Field
 from neuralode.ode.packing import Packing
-from neuralode.ode.parameters import HeldField
+from neuralode.ode.parameters import HeldField, StandIns
 from neuralode.ode.solution import Stats
 from neuralode.ode.stepper import CountedField, Integration, Settings
 from neuralode.ode.unchanging import NotCaptured, unchanging
@@ -69,7 +66,7 @@ class Graphs:
             self.inputs = held.all_inputs(lambda: field(time, like))[0] if records else []
             self.records = records and (y0.requires_grad or bool(self.inputs))
             # their gradients must not pass through the nodes, nor the hooks, that the user's graphs have
-            self._stand_ins = _StandIns(self.inputs)
+            self._stand_ins = StandIns(self.inputs)
             self.reached = [False] * len(self.inputs)
             recorder = Recorder(y0.device)
             with torch.no_grad():
@@ -246,16 +243,3 @@ class Graphs:
                     self.totals[n].add_(more)
                     self.reached[n] = True
         back.start_bwd(adjoints)
-
-
-class _StandIns(TorchFunctionMode):
-    """Puts tensors of the same memory in the place of those that want a gradient, wherever an operation takes one."""
-
-    def __init__(self, inputs: Sequence[torch.Tensor]):
-        super().__init__()
-        self.tensors = [x.detach().requires_grad_() for x in inputs]
-        self._of = {id(x): y for x, y in zip(inputs, self.tensors, strict=True)}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(lambda x: self._of.get(id(x), x), (args, kwargs or {}))
-        return func(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,7 +38,8 @@ class Packing:
         if not self.tuple:
             return packed
         lead = packed.shape[:-1]
-        parts = packed.split(self.sizes, dim=-1)
+        ends = itertools.accumulate(self.sizes)
+        parts = (packed.narrow(-1, end - size, size) for end, size in zip(ends, self.sizes, strict=True))
         return tuple(part.reshape((*lead, *shape[self.lead :])) for part, shape in zip(parts, self.shapes, strict=True))
 
     def field(self, field: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from neuralode.errors import UsageError
 from neuralode.ode.packing import Packing
@@ -75,6 +77,22 @@ class HeldField:
             mark = new_mark()
             dy = evaluate()
         return known + leaves_of([dy], known, mark), dy.detach()
+
+
+class StandIns(TorchFunctionMode):
+    """Puts tensors of the same memory in the place of those that want a gradient, wherever an operation takes one.
+
+    So the hooks and the accumulating nodes of a user's parameters are no part of a gradient taken inside.
+    """
+
+    def __init__(self, inputs: Sequence[torch.Tensor]):
+        super().__init__()
+        self.tensors = [x.detach().requires_grad_() for x in inputs]
+        self._of = {id(x): y for x, y in zip(inputs, self.tensors, strict=True)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda x: self._of.get(id(x), x), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def new_mark() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from neuralode.errors import UsageError
 from neuralode.ode.clock import Accepted, RowStep
 from neuralode.ode.explicit import Step, moment
-from neuralode.ode.parameters import Autocast, HeldField, new_mark, refuse_more_leaves
+from neuralode.ode.parameters import Autocast, HeldField, StandIns, new_mark, refuse_more_leaves
 from neuralode.ode.rows import Loop
 from neuralode.ode.solution import Stats
 from neuralode.ode.stepper import step_estimates
@@ -76,7 +77,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.clock, ctx.first_output, ctx.stats = integration.clock, before, stats
         # the constants, and y, are saved so that autograd notices if they were changed in place since
         ctx.save_for_backward(ts, *inputs, y, *evaluate.constants)
-        ctx.inputs, ctx.autocast, ctx.seen = inputs, autocast, _seen(inputs)
+        ctx.inputs, ctx.autocast, ctx.seen, ctx.end = inputs, autocast, _seen(inputs), integration.y
         results = [state.detach() for state in (*integration.outputs[before:], integration.y)]
         if ctx.settings.estimates:
             sums = (integration.extras.error_sum, integration.extras.stiffness_sum)
@@ -92,10 +93,7 @@ class _Recomputed(torch.autograd.Function):
             )
         ts, inputs = ctx.saved_tensors[0], ctx.inputs
         if ctx.seen != _seen(inputs):
-            raise UsageError(
-                "a parameter was changed between the solve and its gradient, whose recomputation would use the new "
-                "value; take the gradient first, or give checkpoint='never' to the solve."
-            )
+            raise UsageError(f"a parameter was changed {_SINCE}")
         # the input that wants no gradient is not differentiated
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[6:], strict=True) if needed]
         ctx.evaluate.begin_backward()
@@ -114,6 +112,12 @@ def _seen(inputs: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     return [(x.data_ptr() if x.layout is torch.strided else 0, x._version) for x in inputs]
 
 
+_SINCE = (
+    "between the solve and its gradient, which evaluates the field again; take the gradient first, or give "
+    "checkpoint='never' to the solve."
+)
+
+
 class _Sweep:
     """One backward pass over the frozen grid."""
 
@@ -129,6 +133,9 @@ class _Sweep:
             self.mark = new_mark()
             self.clock = ctx.clock.with_times(self.ts)
         self.inputs = inputs
+        self.stand_ins = StandIns(inputs if any(x._backward_hooks for x in inputs) else [])
+        """Where a parameter has hooks, which run on its whole gradient, not on each step's share of it."""
+        self.end: torch.Tensor | None = ctx.end.detach()
         self.totals: list[torch.Tensor | None] = [None] * len(inputs)
         self.times_total = torch.zeros_like(ts) if ctx.needs_input_grad[5] else None
         *outputs, self.gradient = cotangents[:-2] if self.estimates else cotangents
@@ -169,7 +176,8 @@ class _Sweep:
     def _through(self, index: int, y: torch.Tensor) -> None:
         """Recomputes one step with its graph and pulls the gradient back through it."""
         record = self.steps[index]
-        with torch.enable_grad():
+        moving = self.stand_ins.tensors or self.inputs
+        with torch.enable_grad(), self.stand_ins if self.stand_ins.tensors else contextlib.nullcontext():
             y = y.detach().requires_grad_()
             before = self.counted.calls
             # the slope at the end of the step belongs to the next one, unless dense output or an estimate reads it
@@ -184,8 +192,11 @@ class _Sweep:
                         results.append(value)
                         cotangents.append(cotangent)
         self.stats.nfe_backward += self.counted.calls - before
-        refuse_more_leaves(results, [y, self.ts, *self.known], self.mark)
-        sources = [y, *self.inputs, *([self.ts] if self.times_total is not None else [])]
+        if self.end is not None:
+            _check_end(step.y1.detach(), self.end)
+            self.end = None
+        refuse_more_leaves(results, [y, self.ts, *self.known, *moving], self.mark)
+        sources = [y, *moving, *([self.ts] if self.times_total is not None else [])]
         live = [(r, c) for r, c in zip(results, cotangents, strict=True) if r.requires_grad]
         gradients = torch.autograd.grad([r for r, _ in live], sources, [c for _, c in live], allow_unused=True)
         self.gradient = torch.zeros_like(y) if gradients[0] is None else gradients[0]
@@ -193,6 +204,12 @@ class _Sweep:
             self.totals[i] = _sum(self.totals[i], gradient)
         if self.times_total is not None and gradients[-1] is not None:
             self.times_total += gradients[-1]
+
+
+def _check_end(y: torch.Tensor, end: torch.Tensor) -> None:
+    """Raises UsageError if the last step, evaluated again, does not end where the solve did."""
+    if not torch.allclose(y, end, rtol=0.0, atol=torch.finfo(y.dtype).eps ** 0.5 * float(1e-3 + end.abs().max())):
+        raise UsageError(f"the field, or what it reads, was changed {_SINCE}")
 
 
 def _sum(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:

@@ -55,6 +55,8 @@ def unchanging(field: Field, t: float, y0: torch.Tensor) -> Unchanging:
         raise NotCaptured(reason)
     if watch.draws:
         raise NotCaptured("it may draw random numbers")
+    if watch.opaque:
+        raise NotCaptured("it names or holds what cannot be looked at")
     found = Unchanging(watch)
     versions, generators = [x._version for x in found.tensors], _generators(y0.device)
     buffers = [x.detach().clone() for x in found.buffers]

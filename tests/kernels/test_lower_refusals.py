@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -261,3 +262,28 @@ def test_the_same_memory_with_other_gradients(function: Any) -> None:
 
     t, y = torch.tensor(0.3), torch.rand(4, 3)
     assert_equals_field(lower(field, t, y, ()), field, t, y, [W])
+
+
+@pytest.mark.parametrize(
+    "held", [np.random.default_rng(0), random.Random(0), itertools.count()], ids=["numpy", "python", "count"]
+)
+def test_what_gives_something_else_each_time(held: Any) -> None:
+    assert "cannot be given back" in refused(Net(lambda self, t, y: y * 2, held=held))
+
+
+def test_a_count_that_is_made_use_of_later() -> None:
+    def count(self: Any, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.n += 1
+        return y * (1 if self.n < 20 else 2)
+
+    net = Net(count, n=0)
+    assert "makes use of a number" in refused(net)
+    assert net.n == 0
+
+
+def test_hooks_of_all_modules_before_their_backward_pass() -> None:
+    handle = nn.modules.module.register_module_full_backward_pre_hook(lambda module, gradient: None)
+    try:
+        assert "hooks" in refused(mlp())
+    finally:
+        handle.remove()

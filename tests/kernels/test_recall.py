@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from neuralode.kernels.lower import Lowered, NotLowered, lower
 from neuralode.kernels.recall import _USES
+from neuralode.ode import solve
 
 T0 = torch.tensor(0.3)
 SCALE = 2.0
@@ -250,3 +253,81 @@ def test_a_flag_is_no_counter() -> None:
 
     with pytest.raises(NotLowered):
         lower(Once(), T0, torch.randn(4, 3), ())
+
+
+class Rate:
+    value = 1.0
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    value: float = 1.0
+
+
+class Unseen(nn.Module):
+    """Reads numbers from where the watch does not follow them."""
+
+    kind: Any = (1.0,)
+
+    def __init__(self, read: Callable[[Unseen], float]):
+        super().__init__()
+        self.read, self.slots, self.array, self.long = read, Slots(), np.ones(1), [1.0] * 1000
+
+    @property
+    def scaled(self) -> float:
+        return Rate.value
+
+    @staticmethod
+    def fixed() -> float:
+        return Rate.value
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y * float(self.read(self))
+
+
+def holder(t: torch.Tensor, y: torch.Tensor, given: list[float] = [1.0]) -> torch.Tensor:  # noqa: B006
+    return y * given[0] * holder.rate  # type: ignore[attr-defined]
+
+
+def _change(f: Any, value: float) -> None:
+    holder.__defaults__[0][0] = holder.rate = Rate.value = value  # type: ignore[attr-defined, index]
+    if isinstance(f, Unseen):
+        f.slots.value = f.array[0] = f.long[500] = value
+        Unseen.kind = (value,)
+
+
+@pytest.mark.parametrize("read", [
+    lambda f: Rate.value, lambda f: f.scaled, lambda f: f.fixed(), lambda f: f.slots.value, lambda f: f.array[0],
+    lambda f: f.long[500], lambda f: f.kind[0], None,
+], ids=["class", "property", "static", "slots", "array", "long list", "tuple of the class", "function"])  # fmt: skip
+def test_what_cannot_be_seen_is_not_remembered(read: Callable[[Unseen], float] | None) -> None:
+    field = Unseen(read) if read else holder
+    for value in (1.0, 2.0, 3.0):
+        _change(field, value)
+        again(field)
+
+
+class Sign(torch.autograd.Function):
+    """Straight through, as the author of a quantised network has it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient
+
+
+def test_gradients_that_an_author_wrote() -> None:
+    weight, y0 = nn.Parameter(torch.randn(3, 3)), torch.randn(4, 3)
+
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(y @ Sign.apply(weight))
+
+    found = [
+        torch.autograd.grad(solve(field, y0, [0.0, 1.0], engine=engine).ys.square().sum(), weight)[0]
+        for engine in ("stepper", "auto", "auto", "auto")
+    ]
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0], rtol=1e-4, atol=1e-5)

@@ -90,3 +90,14 @@ def test_a_field_without_parameters() -> None:
     y0 = torch.ones(3, 2)
     ours = torch.compile(block, fullgraph=True, backend="aot_eager")(y0)
     torch.testing.assert_close(ours, block(y0))
+
+
+def test_what_a_compiled_block_does_not_see_is_said() -> None:
+    outer, head = nn.Linear(4, 4).double(), nn.Linear(4, 1).double()
+    closed = ODEBlock(lambda t, y: torch.tanh(outer(y)))
+    with pytest.warns(UserWarning, match="not the block's own"):
+        torch.compile(lambda y: head(closed(y)), backend="aot_eager")(torch.ones(3, 4).double())
+    steered = make()
+    steered.field.context = torch.ones(4)
+    with pytest.raises(Exception, match="no parameter and no buffer"):
+        torch.compile(lambda y: head(steered(y)), backend="aot_eager")(torch.ones(3, 4).double())

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
+from neuralode.errors import UsageError
 from neuralode.kernels.library import library, why_not
 from neuralode.nn import MLPField, ODEBlock
 from neuralode.ode import solve
@@ -196,3 +197,41 @@ def test_activation_checkpointing_from_the_first_solve_on(engine: str, kwargs: d
             found.append(torch.autograd.grad(ys.square().sum(), [y0, *field.parameters()]))
     for gradients in found[1:]:
         agree(gradients, found[0], **EXACTLY)
+
+
+def test_many_gradients_at_once() -> None:
+    field, y0 = net(), leaf(3, 2)
+    found = [
+        torch.autograd.functional.jacobian(
+            lambda y, engine=engine: solve(field, y, [0.0, 1.0], engine=engine).final, y0, vectorize=vectorize
+        )
+        for engine, vectorize in (("fused", False), ("fused", True), ("stepper", True))
+    ]
+    agree(found[1:], [found[0], found[0]], rtol=1e-8, atol=1e-10)
+
+
+def test_a_recorded_solve_is_the_steppers() -> None:
+    field, y0 = net().requires_grad_(False), draw(3, 2)
+    traced = torch.jit.trace(lambda y: solve(field, y, [0.0, 1.0], method="rk4", step_size=0.5).final, y0)
+    again = 2 * y0
+    torch.testing.assert_close(traced(again), solve(field, again, [0.0, 1.0], method="rk4", step_size=0.5).final)
+
+
+def test_times_in_another_precision_that_want_a_gradient() -> None:
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        assert t.dtype == y.dtype
+        return torch.cat([y, t.expand(len(y), 1)], dim=1) @ torch.ones(3, 2) * torch.sin(y)
+
+    for engine in ("fused", "stepper"):
+        t = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+        try:
+            solve(field, draw(3, 2).float(), t, engine=engine).ys.sum().backward()
+        except UsageError:  # the kernels need not know it
+            assert engine == "fused"
+
+
+def test_parts_of_a_tuple_may_be_changed() -> None:
+    states = solve(lambda t, y: (-y[0], -y[1]), (draw(3, 2), draw(3, 1)), [0.0, 1.0], engine="stepper").ys
+    with torch.no_grad():
+        states[0][0] = 0
+    assert float(states[0][0].sum()) == 0

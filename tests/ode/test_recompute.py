@@ -99,3 +99,38 @@ def test_the_kernels_keep_what_the_parameters_were(change: Any) -> None:
     change(net)
     weighed(ys).backward()
     assert_equal([parameter.grad for parameter in net.parameters()], wanted)
+
+
+@pytest.mark.parametrize("what", ["context", "buffer", "number"])
+@pytest.mark.parametrize("how", [KEPT["always"], KEPT["some"], {"memory_budget": 1}], ids=["always", "some", "budget"])
+def test_another_field_since_is_noticed(what: str, how: dict[str, Any]) -> None:
+    class Steered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.context, self.number = mlp(), torch.zeros(2).double(), 1.0
+            self.register_buffer("buffer", torch.zeros(2).double())
+
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (self.net(t, y) + self.context + self.buffer) * self.number
+
+    field = Steered()
+    ys = solve(field, start(), [0.0, 1.0], engine="stepper", **how).ys
+    if what == "context":
+        field.context = torch.ones(2).double()
+    elif what == "buffer":
+        field.buffer.add_(1)
+    else:
+        field.number = 2.0
+    with pytest.raises(UsageError, match="changed between the solve and its gradient"):
+        weighed(ys).backward()
+
+
+@pytest.mark.parametrize("checkpoint", ["never", "always", 2])
+def test_hooks_of_parameters_run_on_the_whole_gradient(checkpoint: Any) -> None:
+    net, calls = mlp(), []
+    wanted = torch.autograd.grad(weighed(solve(net, start(), [0.0, 1.0]).ys), list(net.parameters()))
+    for parameter in net.parameters():
+        parameter.register_hook(lambda gradient: calls.append(1) or 2 * gradient)
+    weighed(solve(net, start(), [0.0, 1.0], engine="stepper", checkpoint=checkpoint).ys).backward()
+    assert len(calls) == len(wanted)
+    assert_equal([parameter.grad for parameter in net.parameters()], [2 * gradient for gradient in wanted])
