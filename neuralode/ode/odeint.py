@@ -35,8 +35,8 @@ def odeint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, atol: Any =
     Args:
         func: `f(t, y)`; y is a tensor of any shape or a tuple of tensors.
         y0: initial state.
-        t: output times, [T], rising or falling. Their gradient is that of the discrete solve, whose steps move with them;
-            torchdiffeq's differs by the error of the method.
+        t: output times, [T], rising or falling. Their gradient is that of the discrete solve, whose steps move with
+            them; torchdiffeq's differs by the error of the method.
         event_fn: `g(t, y)`; the solve ends where it crosses zero.
 
     Returns:
