@@ -78,7 +78,8 @@ def test_workers_of_a_data_loader(threads: int) -> None:
 
 
 LONG = """
-import torch, neuralode
+import signal, torch, neuralode
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job may ignore
 torch.manual_seed(0)
 field = neuralode.nn.MLPField(2, [64, 64]).double()
 neuralode.solve(field, torch.ones(8, 2).double(), [0.0, 0.1])
