@@ -146,8 +146,7 @@ class CPUSolve(ctypes.Structure):
         """The gradients of the state [B, D], of the tensors, and of the times in double precision."""
         y0 = torch.empty_like(self.task.y0) if wants_y0 else None
         wants = self.task.job.wants_gradient or itertools.repeat(False)
-        new = self.task.y0.new_empty
-        found = [new(shape) if w else None for shape, w in zip(self._shapes, wants, strict=False)]
+        found = [_room(self.task.y0, shape) if w else None for shape, w in zip(self._shapes, wants, strict=False)]
         times = torch.empty_like(self.task.ts) if self.task.job.times_move else None
         grad_ys = grad_ys.contiguous()
         pointers = _pointers(found)
@@ -165,7 +164,7 @@ class CPUSolve(ctypes.Structure):
 
     def sizes(self) -> list[float]:
         """Sizes of the accepted steps that the samples share."""
-        found = _doubles([0.0] * self.report.steps)
+        found = (ctypes.c_double * self.report.steps)()
         self.functions.neuralode_read(self.handle, ctypes.addressof(self.report), ctypes.addressof(found), None, None)
         return list(found)
 
@@ -191,6 +190,10 @@ class CPUSolve(ctypes.Structure):
         if getattr(self, "handle", None):
             self.functions.neuralode_end(self.handle)
             self.handle = None
+
+
+def _room(like: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return like.new_empty(*shape) if shape else like.new_empty(())  # separate numbers are read in half the time
 
 
 def _pointers(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:

@@ -8,9 +8,9 @@ field, and written anew from time to time in any case.
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
 from collections.abc import Callable, Iterator
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 
 from neuralode.kernels.program import Program
 from neuralode.kernels.values import Made, Writer
-from neuralode.kernels.watch import HOOKS, Counter, Place, Watch, hooks_everywhere
+from neuralode.kernels.watch import HOOKS, Counter, Watch, hooks_everywhere
 
 _USES = 256
 """Solves after which a program is written anew."""
@@ -118,22 +118,23 @@ class Remembered:
         self.counters = list(watch.counters)
         self._sources = [_Source(x, i in transposed, wanted.shape)
                          for i, (x, wanted) in enumerate(zip(sources, tensors, strict=True))]  # fmt: skip
-        self._leaves = [_Leaf(x, x.shape, x.dtype, x.requires_grad) for x in
-                        (*sources, *(x for step in made for x in _tensors(step)))]  # fmt: skip
+        self._leaves = [*sources, *(x for step in made for x in _tensors(step))]
+        self._kinds = list(map(_kind, self._leaves))
         counted = {(id(counter.place), counter.name) for counter in self.counters}
         self._modules = _Modules(watch.modules, self.counters)
-        self._places = [
-            (place, {name: x for name, x in place.before.items() if (id(place), name) not in counted})
-            for place in watch.places if not any(place.is_of(module) for module in watch.modules)
-        ]  # fmt: skip
+        places = [place for place in watch.places if not any(place.is_of(module) for module in watch.modules)]
+        self._places = [place for place in places if place.grows]
+        self._values = [(place.read, name, x) for place in places for name, x in place.before.items()
+                        if (id(place), name) not in counted]  # fmt: skip
 
     def holds(self) -> bool:
         """Whether the field is as it was."""
         return (
             not hooks_everywhere()
             and self._modules.hold()
-            and all(_unchanged(place, before) for place, before in self._places)
-            and all(leaf.holds() for leaf in self._leaves)
+            and all(read(name) is x for read, name, x in self._values)
+            and all(place.added() is None for place in self._places)
+            and list(map(_kind, self._leaves)) == self._kinds  # their memory may have been exchanged
         )
 
     def tensors(self) -> list[torch.Tensor]:
@@ -166,16 +167,7 @@ class _Source(NamedTuple):
         return x if x.shape == self.shape else x.reshape(self.shape)
 
 
-class _Leaf(NamedTuple):
-    tensor: torch.Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-    requires_grad: bool
-
-    def holds(self) -> bool:
-        """Whether the tensor, whose memory may have been exchanged, is of the same kind."""
-        x = self.tensor
-        return x.shape == self.shape and x.dtype == self.dtype and x.requires_grad == self.requires_grad
+_kind = operator.attrgetter("shape", "dtype", "requires_grad")
 
 
 class _Modules:
@@ -202,11 +194,7 @@ class _Modules:
         if [type(owner()) for owner in self._owners] != self._kinds:
             return False
         now = itertools.compress(self._now(), self._fixed) if self._count else self._now()
-        return all(map(is_, now, self._values))
+        return all(map(operator.is_, now, self._values))
 
     def _now(self) -> Iterator[Any]:
         return itertools.chain.from_iterable(map(dict.values, self._dicts))
-
-
-def _unchanged(place: Place, before: dict[Any, Any]) -> bool:
-    return all(place.read(name) is x for name, x in before.items()) and place.added() is None

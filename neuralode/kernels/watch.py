@@ -215,6 +215,8 @@ class Place:
 
     counts = True
     """Whether numbers among them may be counters."""
+    grows = False
+    """Whether names may be added to them."""
 
     def __init__(self, before: dict[Any, Any], holder: Sized = ()):
         self.before, self.holder, self.count = before, holder, len(holder)
@@ -242,6 +244,8 @@ class Place:
 
 
 class _Attributes(Place):
+    grows = True
+
     def __init__(self, owner: Any):
         # a program that is kept for a module does not keep the module
         self._owner = weakref.ref(owner) if isinstance(owner, nn.Module) else lambda: owner
@@ -347,6 +351,8 @@ def _globals_of(code: types.CodeType) -> tuple[str, ...]:
 
 class _Entries(Place):
     """The entries of a list, dict, set or deque."""
+
+    grows = True
 
     def __init__(self, container: Any):
         self.container = container
