@@ -43,11 +43,11 @@ class Lorenz(nn.Module):
 
 
 class NormedMLP(nn.Module):
-    """A network with a layer norm after its first layer, which no kernel of ours knows; [B, D] to the same shape."""
+    """A network with a group norm after its first layer, which no kernel of ours knows; [B, D] to the same shape."""
 
     def __init__(self, features: int, hidden: int):
         super().__init__()
-        self.first, self.norm = nn.Linear(features, hidden), nn.LayerNorm(hidden)
+        self.first, self.norm = nn.Linear(features, hidden), nn.GroupNorm(1, hidden)
         self.second, self.last = nn.Linear(hidden, hidden), nn.Linear(hidden, features)
 
     def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

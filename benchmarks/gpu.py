@@ -61,7 +61,7 @@ def tables() -> list[Table]:
     return [
         Table("2-64-64-2, 100 rk4 steps", small, (2,), BATCHES, {"method": "rk4", "steps": 100}),
         Table("2-64-64-2, dopri5 1e-4/1e-5", small, (2,), BATCHES, tolerances),
-        Table("any field: 2-64-64-2 with a layer norm, dopri5 1e-4/1e-5", lambda _: NormedMLP(2, 64), (2,),
+        Table("any field: 2-64-64-2 with a group norm, dopri5 1e-4/1e-5", lambda _: NormedMLP(2, 64), (2,),
               BATCHES[:3], tolerances),
         Table("any field: conv 3x3 twice, 64 channels, 8x8, dopri5 1e-4/1e-5", lambda _: ConvPair(64), (64, 8, 8),
               (128,), tolerances),

@@ -98,7 +98,10 @@ class Sin(nn.Module):
 LAYERS = {
     **ACTIVATIONS, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU, "sigmoid": nn.Sigmoid, "sin": Sin,
     "relu in place": lambda: nn.ReLU(inplace=True), "softplus(2, 5)": lambda: nn.Softplus(2, 5),
-    "elu(0.5)": lambda: nn.ELU(0.5), "identity": nn.Identity,
+    "elu(0.5)": lambda: nn.ELU(0.5), "identity": nn.Identity, "selu": nn.SELU, "celu": lambda: nn.CELU(0.5),
+    "gelu by tanh": lambda: nn.GELU("tanh"), "mish": nn.Mish, "log of a sigmoid": nn.LogSigmoid,
+    "layer norm": lambda: nn.LayerNorm(8), "layer norm without bias": lambda: nn.LayerNorm(8, bias=False),
+    "plain layer norm": lambda: nn.LayerNorm(8, eps=0.1, elementwise_affine=False), "rms norm": lambda: nn.RMSNorm(8),
 }  # fmt: skip
 
 
@@ -169,6 +172,10 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "addcmul": layer(lambda self, t, y: torch.addcmul(y, self.b, y, value=0.3).addcdiv(y, 2 + y * y, value=2)),
     "mean free": layer(lambda self, t, y: y - y.mean(-1, keepdim=True) + y.sum(dim=1, keepdim=True) * self.b),
     "norm": layer(lambda self, t, y: y * (1 - (y * y).sum(-1)).unsqueeze(-1)),
+    "powers of numbers": layer(lambda self, t, y: 2**y - torch.exp2(self.net(y)) + 0.3 ** (t * y)),
+    "gated linear unit": layer(lambda self, t, y: F.glu(torch.cat([self.net(y), self.W[0] * y], -1))),
+    "gates of one half": layer(lambda self, t, y: F.glu(torch.cat([y, y[:, 1:], self.net(y)], -1)[:, 1:7])),
+    "norm of what broadcasts": layer(lambda self, t, y: F.layer_norm(y + self.b, (3,), self.b, self.W[0])),
     "chunks": layer(lambda self, t, y: torch.cat([torch.chunk(y, 3, -1)[i] * self.W[i, i] for i in (2, 0, 1)], -1)),
     "split": layer(lambda self, t, y: torch.cat(tuple(reversed(y.split([1, 2], dim=-1))), dim=-1)),
     "rows one by one": layer(lambda self, t, y: torch.stack([self.W[i] @ self.b * y[:, i] for i in range(3)], 1)),

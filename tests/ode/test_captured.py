@@ -39,7 +39,7 @@ class Normed(nn.Module):
     def __init__(self, width: int = 3):
         super().__init__()
         torch.manual_seed(0)
-        self.norm, self.layer, self.scale = nn.LayerNorm(width), nn.Linear(width, width), 1.0
+        self.norm, self.layer, self.scale = nn.GroupNorm(1, width), nn.Linear(width, width), 1.0
         self.double()
 
     def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -72,28 +72,11 @@ def _softplus(writer: Writer, func: Any, args: Any, kwargs: Any) -> Any:
                        lambda width, x: writer.emit("softplus", x, width=width, constants=constants))  # fmt: skip
 
 
-@handles(aten.elu.default)
-def _elu(writer: Writer, func: Any, args: Any, kwargs: Any) -> Any:
-    given = given_by(func, args, kwargs)
-    if given["scale"] != 1 or given["input_scale"] != 1:
-        raise NotLowered("a scaled elu is not known to the kernels")
-    constants = (float(given["alpha"]),)
-    return elementwise(writer, func(*args, **kwargs), [args[0]],
-                       lambda width, x: writer.emit("elu", x, width=width, constants=constants))  # fmt: skip
-
-
 @handles(aten.leaky_relu.default)
 def _leaky_relu(writer: Writer, func: Any, args: Any, kwargs: Any) -> Any:
     slope = float(given_by(func, args, kwargs)["negative_slope"])
     return elementwise(writer, func(*args, **kwargs), [args[0]],
                        lambda width, x: writer.emit("leaky_relu", x, width=width, constants=(slope,)))  # fmt: skip
-
-
-@handles(aten.gelu.default)
-def _gelu(writer: Writer, func: Any, args: Any, kwargs: Any) -> Any:
-    if given_by(func, args, kwargs)["approximate"] != "none":
-        raise NotLowered("the approximate gelu is not known to the kernels")
-    return elementwise(writer, func(*args, **kwargs), [args[0]], lambda width, x: writer.emit("gelu", x, width=width))
 
 
 @handles(aten.neg.default)
