@@ -23,6 +23,7 @@ from neuralode.ode.graphs import Graphs
 from neuralode.ode.methods import METHODS
 from neuralode.ode.observed_field import Field
 from neuralode.ode.packing import Packing
+from neuralode.ode.readings import reads
 from neuralode.ode.setup import OPTIONS, settings_of
 from neuralode.ode.solution import State, Stats
 from neuralode.ode.solver_config import SolverConfig
@@ -35,7 +36,7 @@ _MOST = 8
 
 
 def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config: SolverConfig, stats: Stats) -> State:
-    """Solves from ts[0] to ts[1]; the states [2, *shape].
+    """Solves from ts[0] through all of ts; the states [T, *shape].
 
     Raises:
         NotCaptured: where no graph can serve; the field may have been evaluated.
@@ -43,10 +44,13 @@ def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config
     if reason := unable(y0, ts, args, config):
         raise NotCaptured(reason)
     assert isinstance(y0, torch.Tensor)
-    span: tuple[float, float] = tuple(host_values(ts))
-    graphs = _graphs_of(field, y0, settings_of(config, Packing(y0), None, keep_dense=False), span)
-    y = _Replayed.apply(graphs, span, stats, y0, *graphs.inputs) if graphs.records else graphs.solve(y0, span, stats)[0]
-    return torch.stack([y0, y])
+    times = tuple(host_values(ts))
+    graphs = _graphs_of(field, y0, settings_of(config, Packing(y0), None, keep_dense=False), times)
+    if graphs.records:
+        later = _Replayed.apply(graphs, times, stats, y0, *graphs.inputs)
+    else:
+        later, _ = graphs.solve(y0, times, stats)
+    return torch.cat([y0[None], later])
 
 
 def unable(y0: State, ts: torch.Tensor, args: tuple[Any, ...], config: SolverConfig) -> str:
@@ -56,8 +60,10 @@ def unable(y0: State, ts: torch.Tensor, args: tuple[Any, ...], config: SolverCon
         return f"graphs have no method {config.method!r}"
     if not isinstance(y0, torch.Tensor) or y0.dtype not in (torch.float32, torch.float64) or y0.numel() == 0:
         return "graphs are for a state that is one tensor in single or double precision"
-    if ts.dim() == 2 or ts.shape[-1] > 2 or config.per_sample:
-        return "graphs go from one time to another, with steps that the samples share"
+    if ts.dim() == 2 or config.per_sample:
+        return "graphs are for steps that the samples share"
+    if ts.shape[-1] > 2 and not reads(method):
+        return f"graphs read no output times between steps of {config.method!r}"
     if ts.requires_grad or args or (config.gradient == "adjoint" and torch.is_grad_enabled()) or config.estimates:
         return "graphs have no gradient of the times, no arguments of the field, no adjoint and no estimates"
     if isinstance(config.checkpoint, int):
@@ -79,12 +85,12 @@ _recording = threading.Lock()
 _FIRST = "this is the first solve of its kind"
 
 
-def _graphs_of(field: Field, y0: torch.Tensor, settings: Settings, span: tuple[float, float]) -> Graphs:
+def _graphs_of(field: Field, y0: torch.Tensor, settings: Settings, times: tuple[float, ...]) -> Graphs:
     """The field's graphs for solves of this kind, made at the second of them: a single one would not pay for it."""
     records = torch.is_grad_enabled()
     stream = torch.cuda.current_stream(y0.device) if y0.is_cuda else None
     kind = y0.shape, y0.dtype, y0.device, y0.requires_grad, records, settings.method.name, limits_of(settings)
-    key = *kind, stream, torch.get_default_dtype()
+    key = *kind, len(times) > 2, stream, torch.get_default_dtype()
     try:
         found = _known.setdefault(field, {})
     except TypeError:
@@ -101,7 +107,7 @@ def _graphs_of(field: Field, y0: torch.Tensor, settings: Settings, span: tuple[f
         if not _recording.acquire(blocking=False):  # by another thread, or around this very solve
             raise NotCaptured("another solve is being recorded")
         try:
-            known.record(lambda: Graphs(field, y0, span, settings, machine(), records))
+            known.record(lambda: Graphs(field, y0, times, settings, machine(), records))
         finally:
             _recording.release()
     assert known.graphs is not None
@@ -140,15 +146,15 @@ def machine() -> Machine:
 
 
 class _Replayed(torch.autograd.Function):
-    """The state at the end of a solve by graphs."""
+    """The states of a solve by graphs, at the times after the first."""
 
     @staticmethod
-    def forward(ctx: Any, graphs: Graphs, span: tuple[float, float], stats: Stats, y0: torch.Tensor,
+    def forward(ctx: Any, graphs: Graphs, times: tuple[float, ...], stats: Stats, y0: torch.Tensor,
                 *inputs: torch.Tensor) -> torch.Tensor:  # fmt: skip
-        y, ctx.kept = graphs.solve(y0, span, stats)
-        ctx.graphs, ctx.span, ctx.stats = graphs, span, stats
+        ys, ctx.kept = graphs.solve(y0, times, stats)
+        ctx.graphs, ctx.times, ctx.stats = graphs, times, stats
         ctx.save_for_backward(y0, *inputs)
-        return y
+        return ys
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
@@ -157,7 +163,7 @@ class _Replayed(torch.autograd.Function):
             gradient, totals = ctx.graphs.pull(ctx.kept, cotangents[0], ctx.stats)
             return (None, None, None, gradient, *totals)
         needed = ctx.needs_input_grad[3:]
-        y = ctx.graphs.again(inputs[0], ctx.span, ctx.kept)
+        ys = ctx.graphs.again(inputs[0], ctx.times, ctx.kept)
         wanted = [x for x, n in zip(inputs, needed, strict=True) if n]
-        found = iter(torch.autograd.grad(y, wanted, cotangents[0], create_graph=True, allow_unused=True))
+        found = iter(torch.autograd.grad(ys, wanted, cotangents[0], create_graph=True, allow_unused=True))
         return (None, None, None, *(next(found) if n else None for n in needed))

@@ -25,32 +25,28 @@ from neuralode.ode.fused_engine import limits_of, method_data
 from neuralode.ode.observed_field import Field
 from neuralode.ode.packing import Packing
 from neuralode.ode.parameters import HeldField, StandIns
+from neuralode.ode.readings import Kept, Reading, half_way, read
 from neuralode.ode.solution import Stats
 from neuralode.ode.stepper import CountedField, Integration, Settings
 from neuralode.ode.unchanging import NotCaptured, unchanging
 
 CHUNK = 8
 """Most steps between two looks of the host."""
-
-
-class Kept:
-    """The starts of some steps: states [n, *shape], times and sizes [n]."""
-
-    def __init__(self, y: torch.Tensor, t: torch.Tensor, h: torch.Tensor):
-        self.y, self.t, self.h = y, t, h
+_MOST_SLOPES = 2**28
+"""Bytes that the slopes of a chunk may take."""
 
 
 class Graphs:
     """The step of a field, forwards and backwards, ready to be repeated.
 
     Args:
-        span: first and last time of a solve, in which the field is tried.
+        times: of a solve, in which the field is tried; there may be others between the first and the last.
 
     Raises:
         NotCaptured: where that cannot be, or would not give what the field does.
     """
 
-    def __init__(self, field: Field, y0: torch.Tensor, span: tuple[float, float], settings: Settings,
+    def __init__(self, field: Field, y0: torch.Tensor, times: tuple[float, ...], settings: Settings,
                  machine: Machine, records: bool):  # fmt: skip
         method = settings.method
         assert isinstance(method, RungeKutta)
@@ -58,11 +54,13 @@ class Graphs:
         self.settings, self.method = settings, method
         self.solves = 0
         self._busy = threading.Lock()
-        self._chunk = CHUNK
-        self._same = unchanging(field, span[0], y0)
+        self.reads = len(times) > 2
+        self._most = _chunk_of(y0, len(method.tableau.c)) if self.reads else CHUNK
+        self._chunk = self._most
+        self._same = unchanging(field, times[0], y0)
         data, like = method_data(method.tableau), y0.detach().contiguous()
         try:
-            held, time = HeldField(field, (), Packing(y0)), y0.new_full((), span[0])
+            held, time = HeldField(field, (), Packing(y0)), y0.new_full((), times[0])
             self.inputs = held.all_inputs(lambda: field(time, like))[0] if records else []
             self.records = records and (y0.requires_grad or bool(self.inputs))
             # their gradients must not pass through the nodes, nor the hooks, that the user's graphs have
@@ -70,10 +68,10 @@ class Graphs:
             self.reached = [False] * len(self.inputs)
             recorder = Recorder(y0.device)
             with torch.no_grad():
-                self.ops = Stages(machine, data, limits_of(settings), like, CHUNK, self.records)
-                self._prepare(y0, span)
+                self.ops = Stages(machine, data, limits_of(settings), like, self._most, self.records, self.reads)
+                self._prepare(y0, times)
                 self._begin = recorder(self._first_step)
-                self.back = Stages(machine, data, limits_of(settings), like, 0, False)
+                self.back = Stages(machine, data, limits_of(settings), like, 0, False, self.reads)
                 self.back.y.copy_(y0), self.back.control.copy_(self.ops.control)
                 self._step = recorder(self._take_step)
                 self.totals = [torch.zeros_like(x) for x in self.inputs]
@@ -81,104 +79,142 @@ class Graphs:
         except (CompileError, DriverError, RuntimeError, UsageError) as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise NotCaptured(f"it cannot be recorded ({said[0][:200]})") from error
-        self._check(y0, span)
+        self._check(y0, times)
 
-    def _check(self, y0: torch.Tensor, span: tuple[float, float]) -> None:
+    def _check(self, y0: torch.Tensor, times: tuple[float, ...]) -> None:
         """Compares a recorded step, and its gradient, with the same in plain PyTorch."""
-        self._start(y0, span)
+        self._start(y0, times)
         begun = self.ops.read()
         self._step()
-        y = y0.detach().requires_grad_(self.records)
+        y, t, h = y0.detach().requires_grad_(self.records), begun.progress.t, begun.h
         with torch.set_grad_enabled(self.records), self._stand_ins:
-            f0 = self.field(y0.new_full((), begun.progress.t), y)
-            y1 = self.method.step(self.field, begun.progress.t, begun.h, y, f0, None).y1
-        found, wanted = [self.ops.end], [y1.detach()]
+            step = self.method.step(self.field, t, h, y, self.field(y0.new_full((), t), y), None)
+            outputs = [self.method.interpolant(step, self.field)(0.5)] if self.reads else []
+            ys = torch.stack([*outputs, step.y1])
+        found, wanted = [self.ops.end], [step.y1.detach()]
         if self.records:
-            cotangent = torch.linspace(0, 1, y1.numel() + 1, dtype=y1.dtype, device=y1.device)[1:].reshape(y1.shape)
+            cotangents = torch.linspace(0, 1, ys.numel() + 1, dtype=ys.dtype, device=ys.device)[1:].reshape(ys.shape)
             moving = [y, *self._stand_ins.tensors]
-            gradients = torch.autograd.grad(y1, moving, cotangent, allow_unused=True)
+            gradients = torch.autograd.grad(ys, moving, cotangents, allow_unused=True)
             wanted += [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, moving, strict=True)]
-            time, size = (torch.full((1,), x, dtype=torch.double, device=y.device) for x in (begun.progress.t, begun.h))
-            start, _ = self.pull([Kept(y.detach()[None], time, size)], cotangent, Stats("captured", "", ""))
+            starts, sizes = torch.tensor([[t, t + h], [h, 0.0]], dtype=torch.double, device=y.device)
+            kept = Kept(torch.stack([y, step.y1]).detach(), starts, sizes)
+            if self.reads:
+                kept.readings[0] = half_way(self.method, h, y)
+            start, _ = self.pull([kept], cotangents, Stats("captured", "", ""))
             found += [start, *self.totals]
-        sizes = [float(x.norm()) for x in wanted]
+        lengths = [float(x.norm()) for x in wanted]
         precision = 1e-3 if y0.dtype == torch.float32 else 1e-9
         apart = [float((x - right).norm()) for x, right in zip(found, wanted, strict=True)]
-        for off, length in zip(apart, sizes, strict=True):
-            if not off <= precision * (length + 1e-3 * max(sizes)):
+        for off, length in zip(apart, lengths, strict=True):
+            if not off <= precision * (length + 1e-3 * max(lengths)):
                 raise NotCaptured("its recorded step is not the field's")
 
     def hold(self, field: Field) -> bool:
         """Whether they are of this field, and it is as it was when they were made."""
         return self._field() is field and self._same.holds()
 
-    def solve(self, y0: torch.Tensor, span: tuple[float, float], stats: Stats) -> tuple[torch.Tensor, list[Kept]]:
-        """The state at the end, and the starts of the steps."""
-        ops, kept = self.ops, []
+    def solve(self, y0: torch.Tensor, times: tuple[float, ...], stats: Stats) -> tuple[torch.Tensor, list[Kept]]:
+        """The states at the times after the first, [T - 1, *shape], and the starts of the steps."""
+        ops = self.ops
+        kept: list[Kept] = []
+        states: list[torch.Tensor] = []
         self.solves += 1
         with torch.no_grad(), self._busy:
-            self._start(y0, span)
+            self._start(y0, times)
             steps = self._chunk
             while True:
                 ops.control[KEPT].zero_()
                 for _ in range(steps):
                     self._step()
                 control = ops.read()  # the one wait of a chunk
-                kept.append(Kept(*(x[: control.kept].clone() for x in (ops.kept_y, ops.kept_t, ops.kept_h))))
+                piece = Kept(*(x[: control.kept].clone() for x in (ops.kept_y, ops.kept_t, ops.kept_h)))
+                if self.reads:
+                    states += read(self.method, piece, ops.kept_k, times, 1 + sum(len(x) for x in states))
+                if not self.records:
+                    piece.y = ops.kept_y[:0]
+                kept.append(piece)
                 if control.done:
                     break
-                steps = CHUNK
+                steps = self._most
             y, progress = ops.y.clone(), control.progress
-            self._chunk = min(CHUNK, max(1, progress.tried))  # the next solve will be much like this one
+            self._chunk = min(self._most, max(1, progress.tried))  # the next solve will be much like this one
         if control.status != SUCCESS or not torch.isfinite(y).all():
             raise NotCaptured("the solve failed, and the stepper says why")
         stats.engine, stats.reason = "captured", f"{stats.reason}; its steps are recorded".removeprefix("; ")
         stats.nfe = 1 + (self.settings.first_step is None) + progress.tried * ops.evaluated
         stats.accepted, stats.rejected = progress.accepted, progress.tried - progress.accepted
         stats.step_sizes = torch.cat([piece.h for piece in kept]).abs().tolist()
-        return y, kept
+        if kept[-1].readings[-1] is not None:  # they lean on the slope at the end, which belongs to no step
+            kept.append(Kept(y[None], kept[-1].t[-1:] + kept[-1].h[-1:], torch.zeros_like(kept[-1].h[-1:])))
+        return torch.cat([*states, y[None]]), kept
 
-    def _start(self, y0: torch.Tensor, span: tuple[float, float]) -> None:
-        self._prepare(y0, span)
+    def _start(self, y0: torch.Tensor, times: tuple[float, ...]) -> None:
+        self._prepare(y0, times)
         with torch.no_grad():
             self._begin()
 
-    def _prepare(self, y0: torch.Tensor, span: tuple[float, float]) -> None:
-        start, end = span
+    def _prepare(self, y0: torch.Tensor, times: tuple[float, ...]) -> None:
+        start, end = times[0], times[-1]
         progress = Progress(t=start, end=end, size=abs(self.settings.first_step or 0.0), last=1.0, before=1.0, next=1)
         with torch.no_grad():
             self.ops.y.copy_(y0)
             self.ops.begin(Control(progress=progress, direction=1.0 if end > start else -1.0))
 
-    def pull(self, kept: Sequence[Kept], gradient: torch.Tensor,
+    def pull(self, kept: Sequence[Kept], cotangents: torch.Tensor,
              stats: Stats) -> tuple[torch.Tensor, list[torch.Tensor | None]]:  # fmt: skip
-        """The gradients of the state at the start and of the inputs; None for an input that the field does not use."""
+        """The gradients of the state at the start and of the inputs; None for an input that the field does not use.
+
+        Args:
+            cotangents: of the states at the times after the first, [T - 1, *shape].
+        """
         back = self.back
         assert self._pull is not None
+        steps = [(piece, n) for piece in kept for n in range(len(piece.t))]
         with self._busy:
-            back.adjoint.copy_(gradient)
+            back.adjoint.copy_(cotangents[-1])
             for total in self.totals:
                 total.zero_()
-            for piece in reversed(kept):
-                for n in reversed(range(len(piece.t))):
-                    back.y.copy_(piece.y[n])
-                    back.control[T].copy_(piece.t[n])
-                    back.control[H].copy_(piece.h[n])
-                    self._pull()
-                    stats.nfe_backward += back.evaluated
+            for i in reversed(range(len(steps))):
+                piece, n = steps[i]
+                before = steps[i - 1][0].readings[steps[i - 1][1]] if i else None
+                read_here = self._take_readings(piece.readings[n], before, cotangents) if self.reads else None
+                back.y.copy_(piece.y[n])
+                back.control[T].copy_(piece.t[n])
+                back.control[H].copy_(piece.h[n])
+                self._pull()
+                if read_here is not None:
+                    back.adjoint.add_(read_here)
+                stats.nfe_backward += back.evaluated
             totals = zip(self.totals, self.reached, strict=True)
             return back.adjoint.clone(), [total.clone() if reached else None for total, reached in totals]
 
-    def again(self, y0: torch.Tensor, span: tuple[float, float], kept: Sequence[Kept]) -> torch.Tensor:
-        """The state at the end by operations that autograd knows: for gradients of gradients."""
-        grid = (*torch.cat([piece.t for piece in kept]).tolist(), span[1])
-        settings = dataclasses.replace(self.settings, grid=grid)
-        clock = Clock(torch.tensor(span, dtype=torch.double), lands=True)
+    def _take_readings(self, here: Reading | None, before: Reading | None,
+                       cotangents: torch.Tensor) -> torch.Tensor | None:  # fmt: skip
+        """Puts what output times give a step's slopes where its reverse finds it; what they give its start.
+
+        Args:
+            here, before: the output times of the step, and of the one before, whose last slope is this one's first.
+        """
+        extra, to_start = self.back.extra.zero_(), None
+        if here is not None:
+            given = cotangents[here.places]
+            extra += here.to_slopes(given)[: len(extra)]
+            to_start = given.sum(0)
+        if before is not None:
+            extra[0] += before.to_slopes(cotangents[before.places])[-1]
+        return to_start
+
+    def again(self, y0: torch.Tensor, times: tuple[float, ...], kept: Sequence[Kept]) -> torch.Tensor:
+        """The states of `solve` by operations that autograd knows: for gradients of gradients."""
+        starts = [t for piece in kept for t, h in zip(piece.t.tolist(), piece.h.tolist(), strict=True) if h]
+        settings = dataclasses.replace(self.settings, grid=(*starts, times[-1]))
+        clock = Clock(torch.tensor(times, dtype=torch.double), lands=not self.reads)
         integration = Integration(
             settings, CountedField(self.field, (), lambda dy, y: None), clock, y0, Stats("captured", "", "")
         )
         integration.run()
-        return integration.y
+        return torch.stack(integration.outputs[1:])
 
     def field(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """dy/dt, by the field itself."""
@@ -243,3 +279,8 @@ class Graphs:
                     self.totals[n].add_(more)
                     self.reached[n] = True
         back.start_bwd(adjoints)
+
+
+def _chunk_of(y0: torch.Tensor, slopes: int) -> int:
+    """Steps of a chunk whose slopes are kept."""
+    return max(1, min(CHUNK, _MOST_SLOPES // (slopes * y0.numel() * y0.element_size())))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from neuralode.ode.tableaus import Row
+from neuralode.ode.tableaus import Row, Tableau
 
 Interpolant = Callable[[Any], torch.Tensor]
 """Maps θ in [0, 1], a float or a tensor that broadcasts against the state, to the state at t + θh."""
@@ -41,6 +41,17 @@ def hermite(y0: torch.Tensor, f0: torch.Tensor, y1: torch.Tensor, f1: torch.Tens
         return y0 + to_end * step + h * (slope0 * f0 + slope1 * f1)
 
     return at
+
+
+def slope_weights(tableau: Tableau, theta: float) -> list[float]:
+    """wᵢ with y(t + θh) = y + h Σᵢ wᵢkᵢ, for a method whose last stage is the slope at the end of the step."""
+    if tableau.interpolant:
+        return [_horner(row, theta) for row in tableau.interpolant]
+    to_end = theta * theta * (3 - 2 * theta)
+    weights = [to_end * b for b in tableau.b]
+    weights[0] += theta * (1 - theta) ** 2
+    weights[-1] += theta * theta * (theta - 1)
+    return weights
 
 
 def linear(y0: torch.Tensor, y1: torch.Tensor) -> Interpolant:

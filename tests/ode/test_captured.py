@@ -100,6 +100,46 @@ def test_what_has_no_gradient() -> None:
     assert solution.stats.engine == "captured"
 
 
+TIMES: dict[str, Any] = {
+    "many": torch.linspace(0.0, 2.0, 40), "backwards": (2.0, 1.9, 0.4, 0.39, 0.0),
+    "in the first step": (0.0, 0.1, 0.2, 2.0), "in the last step": (0.0, 1.95, 1.99, 2.0),
+    "at the end of a step": (0.0, 0.3, 2.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("t", TIMES.values(), ids=TIMES)
+@pytest.mark.parametrize("method", ["bosh3", "dopri5", "tsit5"])
+def test_output_times(method: str, t: Any) -> None:
+    t = torch.as_tensor(t, dtype=torch.double)
+    same(Normed(), leaf(5, 3), t=t, method=method, rtol=1e-3, atol=1e-4, options={"first_step": 0.3})
+
+
+def test_output_times_without_gradients() -> None:
+    field, y0, t = Normed(), draw(5, 3), torch.linspace(0.0, 2.0, 12).double()
+    with torch.no_grad():
+        for _ in range(3):
+            solution = solve(field, y0, t, rtol=1e-9, atol=1e-9)
+        wanted = solve(field, y0, t, rtol=1e-9, atol=1e-9, engine="stepper")
+    assert solution.stats.engine == "captured"
+    torch.testing.assert_close(solution.ys, wanted.ys)
+
+
+def test_the_slopes_of_a_large_state_are_kept_in_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_MOST_SLOPES", 1)
+    assert same(Normed(), leaf(5, 3), t=torch.linspace(0.0, 2.0, 12).double(), rtol=1e-6, atol=1e-7).accepted > 1
+
+
+def test_times_that_move_from_solve_to_solve() -> None:
+    field, y0 = Normed(), leaf(5, 3)
+    for end in (1.0, 2.0, 3.0, 1.5):
+        t = torch.linspace(0.0, end, 3 + int(end)).double()
+        ys, gradients, stats = outcome(field, y0, "auto", t=t)
+        wanted_ys, wanted, _ = outcome(field, y0, "stepper", t=t)
+        torch.testing.assert_close(ys, wanted_ys, **NEARLY)
+        torch.testing.assert_close(gradients, wanted, **NEARLY)
+    assert stats.engine == "captured"
+
+
 def test_images_and_single_precision() -> None:
     class Convolved(nn.Conv2d):
         def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -139,8 +179,9 @@ def test_solves_whose_backward_passes_come_later() -> None:
         torch.testing.assert_close(gradient, outcome(field, y0, "stepper")[1][0], **NEARLY)
 
 
+@pytest.mark.parametrize("t", [(0.0, 2.0), (0.0, 0.7, 2.0)], ids=["two times", "three times"])
 @pytest.mark.parametrize("wrong", ["stage", "stage_bwd", "start_bwd"])
-def test_a_recording_that_is_not_the_field_is_noticed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recording_that_is_not_the_field_is_noticed(wrong: str, t: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(stages.Stages, wrong)
 
     def spoilt(self: Any, *args: Any) -> Any:
@@ -149,14 +190,16 @@ def test_a_recording_that_is_not_the_field_is_noticed(wrong: str, monkeypatch: p
         return found
 
     monkeypatch.setattr(stages.Stages, wrong, spoilt)
-    assert "its recorded step is not the field's" in same(Normed(), leaf(5, 3), "stepper").reason
+    assert "its recorded step is not the field's" in same(Normed(), leaf(5, 3), "stepper", t=t).reason
 
 
 @pytest.mark.parametrize(("kwargs", "why"), [
-    ({"t": (0.0, 1.0, 2.0)}, "from one time to another"), ({"method": "rk4", "step_size": 0.5}, "no method 'rk4'"),
+    ({"t": (0.0, 1.0, 2.0), "method": "dopri8"}, "no output times between steps of 'dopri8'"),
+    ({"t": (0.0, 1.0, 2.0), "method": "adaptive_heun"}, "no output times between steps of 'adaptive_heun'"),
+    ({"method": "rk4", "step_size": 0.5}, "no method 'rk4'"),
     ({"method": "dop853"}, "no method 'dop853'"), ({"estimates": True}, "no estimates"),
     ({"t": torch.tensor([0.0, 1.0], requires_grad=True)}, "no gradient of the times"),
-], ids=["times", "rk4", "dop853", "estimates", "gradient of times"])  # fmt: skip
+], ids=["times", "times without a slope at the end", "rk4", "dop853", "estimates", "gradient of times"])  # fmt: skip
 def test_what_graphs_cannot_serve(kwargs: dict[str, Any], why: str) -> None:
     assert why in same(Normed(), leaf(5, 3), engine="stepper", **kwargs).reason
 
@@ -169,12 +212,13 @@ def test_failures_are_the_steppers() -> None:
             solve(field, y0, [0.0, 50.0], max_steps=4, rtol=1e-8, atol=1e-8)
 
 
-def test_second_derivatives() -> None:
+@pytest.mark.parametrize("t", [(0.0, 2.0), (0.0, 0.7, 1.9, 2.0)], ids=["two times", "four times"])
+def test_second_derivatives(t: tuple[float, ...]) -> None:
     field, y0 = Normed(), leaf(5, 3)
-    same(field, y0)
+    same(field, y0, t=t)
     found = []
     for engine in ("auto", "stepper"):
-        ys = solve(field, y0, [0.0, 2.0], engine=engine).ys
+        ys = solve(field, y0, t, engine=engine).ys
         first = torch.autograd.grad(ys.square().sum(), [y0, field.layer.weight], create_graph=True)
         found.append([*first, *torch.autograd.grad(sum(x.square().sum() for x in first), [y0, field.layer.weight])])
     torch.testing.assert_close(*found, **NEARLY)

@@ -48,8 +48,10 @@ def _problem_of(stages: int) -> type[ctypes.Structure]:
         _fields_ = [
             ("count", Long), ("stage", Int), ("records", Int), ("slopes", Pointer * stages),
             *((name, Pointer) for name in (
-                "y", "slope", "point", "time", "end", "kept_y", "kept_t", "kept_h", "parts", "tickets", "control")),
-            ("adjoints", Pointer * stages), ("adjoint", Pointer), ("result", Pointer), ("limits", Limits),
+                "y", "slope", "point", "time", "end", "kept_y", "kept_t", "kept_h", "kept_k", "parts", "tickets",
+                "control")),
+            ("adjoints", Pointer * stages), *((name, Pointer) for name in ("adjoint", "extra", "result")),
+            ("limits", Limits),
         ]  # fmt: skip
 
     return Problem
@@ -82,10 +84,11 @@ class Stages:
         like: the state, of any shape, contiguous.
         chunk: steps whose starts are kept until the host fetches them; 0 for operations of the reverse.
         records: whether they are kept at all.
+        reads: whether output times are read between the steps, from their slopes.
     """
 
     def __init__(self, machine: Machine, method: MethodData, limits: LimitsData, like: torch.Tensor, chunk: int,
-                 records: bool):  # fmt: skip
+                 records: bool, reads: bool):  # fmt: skip
         self.machine, self.method, self.device = machine, method, like.device
         self.stages = len(method.c)
         self.evaluated = self.stages - method.fsal
@@ -96,8 +99,13 @@ class Stages:
         self.results = [] if chunk else [torch.zeros_like(like) for _ in range(self.stages)]
         double = {"dtype": torch.double, "device": like.device}
         self.control = torch.zeros(ctypes.sizeof(Control) // 8, **double)  # type: ignore[call-overload]
+        records = records or reads
         self.kept_y = like.new_zeros(chunk if records else 0, *like.shape)
         self.kept_t, self.kept_h = torch.zeros(chunk, **double), torch.zeros(chunk, **double)  # type: ignore[call-overload]
+        self.kept_k = like.new_zeros(chunk if reads else 0, self.stages, *like.shape)
+        """The slopes of the steps that are kept."""
+        self.extra = like.new_zeros(0 if chunk or not reads else self.evaluated, *like.shape)
+        """What output times add to the adjoints of a step's slopes."""
         self._threads = min(_THREADS, max(32, 1 << (like.numel() - 1).bit_length()))
         wanted = min(_MOST_BLOCKS, -(-like.numel() // self._threads))
         self._parts = torch.zeros(wanted, **double)  # type: ignore[call-overload]
@@ -105,10 +113,10 @@ class Stages:
         self._wanted, self._limits = wanted, Limits(*vars(limits).values())
         self._fixed: dict[str, Any] = {
             "count": like.numel(), "records": records, "limits": self._limits,
-            **{name: x.data_ptr() for name, x in {
+            **{name: x.data_ptr() or None for name, x in {
                 "y": self.y, "slope": self.slope, "end": self.end, "kept_y": self.kept_y, "kept_t": self.kept_t,
-                "kept_h": self.kept_h, "parts": self._parts, "tickets": self._tickets, "control": self.control,
-                "adjoint": self.adjoint}.items()},
+                "kept_h": self.kept_h, "kept_k": self.kept_k, "extra": self.extra, "parts": self._parts,
+                "tickets": self._tickets, "control": self.control, "adjoint": self.adjoint}.items()},
         }  # fmt: skip
 
     def begin(self, control: Control) -> None:

@@ -28,11 +28,13 @@ struct Problem {
     T* end;                // the state at the end of the step
     T* kept_y;             // [chunk][count]: the starts of the steps of the chunk that stood
     double *kept_t, *kept_h;
+    T* kept_k;             // [chunk][STAGES][count]: their slopes, where output times are read between the steps
     double* parts;         // [block]
     unsigned* tickets;
     Control* control;
     const T* adjoints[STAGES];  // of the states at the stages
     const T* adjoint;           // of the state at the end
+    const T* extra;             // [EVALUATED][count]: adjoints of the slopes that come from output times, if any do
     T* result;
     Limits limits;
 };
@@ -140,19 +142,22 @@ KERNEL void rk_move(Problem p) {
     T* kept = p.kept_y + (control.kept - 1) * p.count;
     OWN_NUMBERS(p) {
         if (p.records) kept[i] = p.y[i];
+        if (p.kept_k)
+            for (int j = 0; j < STAGES; j++)
+                p.kept_k[((control.kept - 1) * STAGES + j) * p.count + i] = p.slopes[j][i];
         p.y[i] = p.end[i];
         if (FSAL) p.slope[i] = p.slopes[STAGES - 1][i];
     }
 }
 
-// The adjoint of the slope of a stage: h (b λ + Σ a[j] μ[j]) over the stages after it.
+// The adjoint of the slope of a stage: h (b λ + Σ a[j] μ[j]) over the stages after it, and what output times add.
 KERNEL void rk_stage_bwd(Problem p) {
     const T h = T(p.control->h);
     OWN_NUMBERS(p) {
         T sum = T(B[p.stage]) * p.adjoint[i];
         for (int j = p.stage + 1; j < EVALUATED; j++)
             if (A[j][p.stage] != 0) sum += T(A[j][p.stage]) * p.adjoints[j][i];
-        p.result[i] = h * sum;
+        p.result[i] = h * sum + (p.extra ? p.extra[p.stage * p.count + i] : T(0));
     }
 }
 
