@@ -23,7 +23,7 @@ from neuralode.ode.clock import Clock
 from neuralode.ode.explicit import RungeKutta
 from neuralode.ode.fused_engine import limits_of, method_data
 from neuralode.ode.observed_field import Field
-from neuralode.ode.packing import Packing
+from neuralode.ode.packing import Packing, lasting
 from neuralode.ode.parameters import HeldField, StandIns
 from neuralode.ode.readings import Kept, Reading, half_way, read
 from neuralode.ode.solution import Stats
@@ -221,8 +221,7 @@ class Graphs:
         field = self._field()
         if field is None:
             raise UsageError("the field of this solve is gone, and second derivatives evaluate it; keep it.")
-        dy: torch.Tensor = field(t, y)
-        return dy
+        return lasting(field(t, y))
 
     def _first_step(self) -> None:
         """The slope at the start, and the size of the first step (Hairer, Nørsett, Wanner, I, section II.4)."""

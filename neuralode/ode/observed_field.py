@@ -10,6 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from neuralode.errors import UsageError
+from neuralode.ode.packing import lasting
 from neuralode.ode.solution import State, Stats
 
 Field = Callable[..., Any]
@@ -77,7 +78,7 @@ class ObservedField:
             self.stats.nfe += 1
             self._check_shape(dy)
             self.last_derivative = dy
-        return self._counting_products(dy)
+        return self._counting_products(lasting(dy) if isinstance(dy, torch.Tensor) else dy)
 
     def refuse_unknown_parameters(self, t: torch.Tensor, y0: State) -> None:
         """Raises UsageError if the field depends on a tensor that the continuous adjoint would not see."""

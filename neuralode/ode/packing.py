@@ -70,6 +70,18 @@ def has_samples(y0: State) -> bool:
     return all(part.dim() > 0 and len(part) == len(parts[0]) for part in parts)
 
 
+def lasting(dy: torch.Tensor) -> torch.Tensor:
+    """dy, or a copy of it if it has been written to: a field may give one buffer of its own at every evaluation.
+
+    A step still needs the earlier slopes when the next one is evaluated.
+    """
+    try:
+        written = dy._version > 0
+    except RuntimeError:  # made in inference mode, where PyTorch does not count
+        written = True
+    return dy.clone() if written else dy
+
+
 _RULE = "dy/dt has to have the shape of y."
 
 

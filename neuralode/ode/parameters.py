@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from neuralode.errors import UsageError
-from neuralode.ode.packing import Packing
+from neuralode.ode.packing import Packing, lasting
 
 
 class HeldField:
@@ -51,8 +51,8 @@ class HeldField:
         state = self.packing.unpack(y)
         if self._rebind:
             assert self.module is not None
-            return self.packing.pack(functional_call(self.module, self.captured, (t, state, *self.args)))
-        return self.packing.pack(self.field(t, state, *self.args))
+            return lasting(self.packing.pack(functional_call(self.module, self.captured, (t, state, *self.args))))
+        return lasting(self.packing.pack(self.field(t, state, *self.args)))
 
     def begin_backward(self) -> None:
         """Says that a backward pass begins: the module may hold other tensors by now."""

@@ -14,7 +14,7 @@ from neuralode.ode.clock import Accepted, Clock
 from neuralode.ode.controllers import Controller, StepSize
 from neuralode.ode.dense import DenseOutput, DensePiece
 from neuralode.ode.explicit import Method, Step, moment, row_norm
-from neuralode.ode.packing import Packing
+from neuralode.ode.packing import Packing, lasting
 from neuralode.ode.solution import Stats, Status
 from neuralode.ode.tolerance import Tolerance, all_finite, in_transform
 
@@ -87,7 +87,7 @@ class CountedField:
         if not isinstance(dy, torch.Tensor) or dy.shape != y.shape:
             self.refuse(dy, y)
         self.graphs += dy.requires_grad
-        return dy
+        return lasting(dy)
 
 
 class Integration:
