@@ -4,7 +4,9 @@ Everything else is in pyproject.toml. Without a compiler, or where it fails, the
 solves run in plain PyTorch: `python -m neuralode.kernels` says what is built.
 """
 
+import functools
 import platform
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -14,6 +16,8 @@ KERNELS = Path("neuralode/kernels/csrc")
 FLAGS = [
     "-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w",
 ]  # fmt: skip
+# neuralode/kernels/library.py reckons the same: a build that an older checkout left behind is not used
+VERSION = functools.reduce(lambda crc, path: zlib.crc32(path.read_bytes(), crc), sorted(KERNELS.glob("*.[ch]*")), 0)
 # one library for each set of instructions; which of them a processor can run is seen when the package is used
 BUILDS = {
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma"],
@@ -52,7 +56,7 @@ setup(
         Extension(
             f"neuralode.kernels._cpu_{name}", [str(source) for source in sorted(KERNELS.glob("*.cpp"))],
             depends=[str(header) for header in sorted(KERNELS.glob("*.h"))],
-            extra_compile_args=[*FLAGS, *flags], optional=True,
+            define_macros=[("NEURALODE_VERSION", f"{VERSION}u")], extra_compile_args=[*FLAGS, *flags], optional=True,
         )
         for name, flags in BUILDS.items()
     ],

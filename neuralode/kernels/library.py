@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sysconfig
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +13,6 @@ import torch
 
 INSTRUCTION_SETS = {"avx512": ("AVX512",), "avx2": ("AVX512", "AVX2"), "plain": ()}
 """The builds, the best first, and for each the capabilities, as PyTorch names them, of which a processor needs one."""
-VERSION = 1
-"""Of the interface; a build of another version is not used."""
 
 
 class Library(NamedTuple):
@@ -52,14 +51,22 @@ def why_not() -> str:
     built = [name for name in INSTRUCTION_SETS if path_of(name).exists()]
     if not built:
         return "no kernels are built (install the package again where there is a C++ compiler)"
-    return f"the kernels that are built ({', '.join(built)}) do not load here; install the package again"
+    return f"the kernels built ({', '.join(built)}) do not load or are of other sources; install the package again"
+
+
+@functools.cache
+def version() -> int:
+    """A checksum of the sources that lie here, as setup.py reckons it: a build of others is not used."""
+    sources = sorted((Path(__file__).parent / "csrc").glob("*.[ch]*"))
+    return functools.reduce(lambda crc, path: zlib.crc32(path.read_bytes(), crc), sources, 0)
 
 
 def load(path: Path) -> ctypes.CDLL | None:
-    """A build, ready to be called; None if it does not load or is of another version."""
+    """A build, ready to be called; None if it does not load or was made from other sources."""
     try:
         functions = ctypes.CDLL(str(path))
-        if functions.neuralode_version() != VERSION:
+        functions.neuralode_version.restype = ctypes.c_uint
+        if functions.neuralode_version() != version():
             return None
     except (OSError, AttributeError):
         return None

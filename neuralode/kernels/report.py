@@ -45,5 +45,5 @@ def _state(name: str, used: str) -> str:
     if not runs_here(name):
         return "built; this processor does not have the instructions"
     if load(path) is None:
-        return f"built, but it does not load or is of another version; {_REBUILD}"
+        return f"built, but it does not load or was made from other sources; {_REBUILD}"
     return f"in use ({path.name})" if name == used else "built"

@@ -17,7 +17,10 @@ template <typename Run> static int guarded(Run run) {
     }
 }
 
-EXPORT int neuralode_version() { return 1; }
+#ifndef NEURALODE_VERSION  // a checksum of these sources, from setup.py
+#define NEURALODE_VERSION 0u
+#endif
+EXPORT unsigned neuralode_version() { return NEURALODE_VERSION; }
 
 EXPORT Solver* neuralode_begin(const Problem* problem, int doubles) {
     try {

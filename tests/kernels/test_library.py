@@ -1,0 +1,38 @@
+"""Which builds of the kernels are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from neuralode import kernels, solve
+from neuralode.kernels import library as builds
+
+BUILT = [name for name in builds.INSTRUCTION_SETS if builds.path_of(name).exists()]
+pytestmark = pytest.mark.skipif(not BUILT, reason="no kernels are built")
+
+
+@pytest.fixture
+def other_sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The builds as they are after the sources have changed."""
+    monkeypatch.setattr(builds, "version", lambda: 1)
+    builds.library.cache_clear()
+    yield
+    builds.library.cache_clear()
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_the_builds_are_of_these_sources(name: str) -> None:
+    assert builds.load(builds.path_of(name)) is not None
+
+
+@pytest.mark.usefixtures("other_sources")
+def test_a_build_of_other_sources_is_left_alone() -> None:
+    """What it takes for a problem lies elsewhere in memory: it would crash, or give wrong numbers."""
+    assert all(builds.load(builds.path_of(name)) is None for name in BUILT)
+    assert "made from other sources" in kernels.report()
+    solution = solve(lambda t, y: -y, torch.ones(2, 1), [0.0, 1.0])
+    assert solution.stats.engine == "stepper"
+    assert "install the package again" in solution.stats.reason
