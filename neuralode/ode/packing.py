@@ -75,11 +75,15 @@ def lasting(dy: torch.Tensor) -> torch.Tensor:
 
     A step still needs the earlier slopes when the next one is evaluated.
     """
+    return dy.clone() if writes(dy) != 0 else dy
+
+
+def writes(x: torch.Tensor) -> int | None:
+    """How often x's memory has been written to since it was made; None in inference mode, where PyTorch counts none."""
     try:
-        written = dy._version > 0
-    except RuntimeError:  # made in inference mode, where PyTorch does not count
-        written = True
-    return dy.clone() if written else dy
+        return x._version
+    except RuntimeError:
+        return None
 
 
 _RULE = "dy/dt has to have the shape of y."

@@ -101,6 +101,7 @@ def solve_configured(
     events: Event | Sequence[Event] | None = None,
 ) -> Solution:
     """`solve` for a caller that holds a SolverConfig; same states, statistics and errors."""
+    _check_arguments(y0, args)
     first = tensors(y0)[0]
     ts = _times(t, first)
     engine, reason = choose_engine(config, dense, config.per_sample or ts.dim() == 2, ts.shape[-1], events is not None)
@@ -157,6 +158,14 @@ def choose_engine(
     if dense or events:
         return "stepper", "not the kernels: they have no dense output and no events"
     return "fused", ""
+
+
+def _check_arguments(y0: State, args: Sequence[Any]) -> None:
+    parts = y0 if isinstance(y0, tuple) and y0 else (y0,)
+    if not all(isinstance(part, torch.Tensor) for part in parts):
+        raise UsageError(f"y0 is a {type(y0).__name__}; give the initial state as a tensor or a tuple of tensors.")
+    if not isinstance(args, tuple | list):
+        raise UsageError(f"args is a {type(args).__name__}; give the field's further arguments as a tuple, args=(a,).")
 
 
 def _times(t: torch.Tensor | Sequence[float], like: torch.Tensor) -> torch.Tensor:

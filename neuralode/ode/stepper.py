@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from neuralode.errors import UsageError
 from neuralode.ode.clock import Accepted, Clock
 from neuralode.ode.controllers import Controller, StepSize
 from neuralode.ode.dense import DenseOutput, DensePiece
 from neuralode.ode.explicit import Method, Step, moment, row_norm
-from neuralode.ode.packing import Packing, lasting
+from neuralode.ode.packing import Packing, lasting, writes
 from neuralode.ode.solution import Stats, Status
 from neuralode.ode.tolerance import Tolerance, all_finite, in_transform
 
@@ -83,7 +84,13 @@ class CountedField:
 
     def __call__(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         self.nfe += 1
+        before = writes(y)
         dy = self.field(t, y, *self.args)
+        if writes(y) != before:
+            raise UsageError(
+                "the field writes into the state that it is given, which the solve still needs; make a new tensor, "
+                "for example dy = -y instead of y *= -1, or start from y.clone()."
+            )
         if not isinstance(dy, torch.Tensor) or dy.shape != y.shape:
             self.refuse(dy, y)
         self.graphs += dy.requires_grad

@@ -145,3 +145,30 @@ def test_field_of_wrong_shape_is_refused_with_both_shapes(field: Any, y0: Any, w
 def test_field_that_returns_no_tensor_is_refused(returned: Any, gradient: str) -> None:
     with pytest.raises(UsageError, match=rf"{type(returned).__name__}.*\(2,\)"):
         solve(lambda t, y: returned, Y0, [0.0, 1.0], gradient=gradient)
+
+
+@pytest.mark.parametrize("y0", [[Y0, Y0], [1.0, 2.0], 1.0, (), (Y0, 1.0), decay], ids=lambda y0: type(y0).__name__)
+def test_states_that_are_no_tensors_are_refused(y0: Any) -> None:
+    with pytest.raises(UsageError, match=rf"y0 is a {type(y0).__name__}; give .* a tensor or a tuple of tensors"):
+        solve(decay, y0, [0.0, 1.0])
+
+
+def test_a_lone_argument_is_refused() -> None:
+    """Its entries would become the arguments."""
+    with pytest.raises(UsageError, match=r"args is a Tensor; .*args=\(a,\)"):
+        solve(lambda t, y, a: a * y, Y0, [0.0, 1.0], args=torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"per_sample": True}, {"method": "rk4", "step_size": 0.1}, {"method": "rkc2"}], ids=str
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_field_that_writes_into_its_state_is_refused(how: dict[str, Any], parts: int) -> None:
+    def writes(t: torch.Tensor, y: Any) -> Any:
+        for part in y if isinstance(y, tuple) else (y,):
+            part *= -1
+        return y
+
+    y0 = torch.ones(3, 2) if parts == 1 else (torch.ones(3, 2), torch.ones(3, 1))
+    with pytest.raises(UsageError, match="writes into the state"):
+        solve(writes, y0, [0.0, 1.0], **how)
