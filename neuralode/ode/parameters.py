@@ -51,8 +51,10 @@ class HeldField:
         state = self.packing.unpack(y)
         if self._rebind:
             assert self.module is not None
-            return lasting(self.packing.pack(functional_call(self.module, self.captured, (t, state, *self.args))))
-        return lasting(self.packing.pack(self.field(t, state, *self.args)))
+            dy = functional_call(self.module, self.captured, (t, state, *self.args))
+        else:
+            dy = self.field(t, state, *self.args)
+        return lasting(self.packing.pack(dy))
 
     def begin_backward(self) -> None:
         """Says that a backward pass begins: the module may hold other tensors by now."""

@@ -161,8 +161,7 @@ def choose_engine(
 
 
 def _check_arguments(y0: State, args: Sequence[Any]) -> None:
-    parts = y0 if isinstance(y0, tuple) and y0 else (y0,)
-    if not all(isinstance(part, torch.Tensor) for part in parts):
+    if not all(isinstance(part, torch.Tensor) for part in tensors(y0) or [y0]):
         raise UsageError(f"y0 is a {type(y0).__name__}; give the initial state as a tensor or a tuple of tensors.")
     if not isinstance(args, tuple | list):
         raise UsageError(f"args is a {type(args).__name__}; give the field's further arguments as a tuple, args=(a,).")
