@@ -4,6 +4,7 @@ Everything else is in pyproject.toml. Without a compiler, or where it fails, the
 solves run in plain PyTorch: `python -m neuralode.kernels` says what is built.
 """
 
+import copy
 import functools
 import platform
 import zlib
@@ -36,8 +37,10 @@ class BuildKernels(build_ext):
         self.parallel = self.parallel or len(BUILDS)
 
     def build_extension(self, ext):
+        own = copy.copy(self)  # its objects lie apart: the builds make them of the same sources, with other flags
+        own.build_temp = str(Path(self.build_temp) / ext.name)
         try:
-            super().build_extension(ext)
+            build_ext.build_extension(own, ext)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             print(f"neuralode: {ext.name} is not built ({reason}); install a C++ compiler and install again for speed.")

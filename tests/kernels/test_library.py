@@ -28,6 +28,15 @@ def test_the_builds_are_of_these_sources(name: str) -> None:
     assert builds.load(builds.path_of(name)) is not None
 
 
+@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("doubles", [0, 1])
+def test_a_build_has_its_own_instructions_and_no_others(name: str, doubles: int) -> None:
+    """A processor that lacks those of another build would stop the process at the first of them."""
+    loaded = builds.load(builds.path_of(name))
+    assert loaded is not None
+    assert loaded.neuralode_vector_bytes(doubles) == {"avx512": 64, "avx2": 32, "plain": 16}[name]
+
+
 @pytest.mark.usefixtures("other_sources")
 def test_a_build_of_other_sources_is_left_alone() -> None:
     """What it takes for a problem lies elsewhere in memory: it would crash, or give wrong numbers."""

@@ -6,3 +6,4 @@
 #include "backward.h"
 
 neuralode::Solver* neuralode::new_double(const Problem& problem) { return new PRECISION::Solve(problem); }
+int neuralode::vector_bytes_in_double() { return PRECISION::BYTES; }

@@ -22,6 +22,8 @@ template <typename Run> static int guarded(Run run) {
 #endif
 EXPORT unsigned neuralode_version() { return NEURALODE_VERSION; }
 
+EXPORT int neuralode_vector_bytes(int doubles) { return doubles ? vector_bytes_in_double() : vector_bytes_in_single(); }
+
 EXPORT Solver* neuralode_begin(const Problem* problem, int doubles) {
     try {
         return doubles ? new_double(*problem) : new_single(*problem);

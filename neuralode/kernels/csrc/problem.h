@@ -63,5 +63,7 @@ class Solver {
 
 Solver* new_single(const Problem& problem);
 Solver* new_double(const Problem& problem);
+int vector_bytes_in_single();  // of the instructions that each precision was compiled for
+int vector_bytes_in_double();
 
 }  // namespace neuralode

@@ -6,3 +6,4 @@
 #include "backward.h"
 
 neuralode::Solver* neuralode::new_single(const Problem& problem) { return new PRECISION::Solve(problem); }
+int neuralode::vector_bytes_in_single() { return PRECISION::BYTES; }
