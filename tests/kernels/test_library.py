@@ -9,6 +9,7 @@ import torch
 
 from neuralode import kernels, solve
 from neuralode.kernels import library as builds
+from neuralode.ode import fused_engine
 
 BUILT = [name for name in builds.INSTRUCTION_SETS if builds.path_of(name).exists()]
 pytestmark = pytest.mark.skipif(not BUILT, reason="no kernels are built")
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.skipif(not BUILT, reason="no kernels are built")
 def other_sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The builds as they are after the sources have changed."""
     monkeypatch.setattr(builds, "version", lambda: 1)
+    monkeypatch.setattr(fused_engine, "_kinds", {})
     builds.library.cache_clear()
     yield
     builds.library.cache_clear()

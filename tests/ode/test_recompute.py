@@ -10,9 +10,11 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 
 from neuralode.errors import UsageError
+from neuralode.kernels.library import library, why_not
 from neuralode.ode import solve
 from tests.ode.test_exact_gradient import assert_equal, leaf, mlp, start, weighed
 
+needs_kernels = pytest.mark.skipif(library() is None, reason=why_not())
 KEPT = {"never": {"checkpoint": "never"}, "always": {"checkpoint": "always"}, "some": {"checkpoint": 2},
         "adjoint": {"gradient": "adjoint"}}  # fmt: skip
 
@@ -73,7 +75,7 @@ def test_other_memory_of_a_parameter_is_noticed(how: dict[str, Any]) -> None:
         weighed(ys).backward()
 
 
-@pytest.mark.parametrize("engine", ["fused", "stepper"])
+@pytest.mark.parametrize("engine", [pytest.param("fused", marks=needs_kernels), "stepper"])
 def test_changes_that_hooks_hide(engine: str) -> None:
     net = mlp()
     with save_on_cpu():
@@ -89,6 +91,7 @@ def test_changes_that_hooks_hide(engine: str) -> None:
     assert_equal(torch.autograd.grad(weighed(ys), list(net.parameters())), wanted)
 
 
+@needs_kernels
 @pytest.mark.parametrize("change", [
     lambda net: net.float(), lambda net: [setattr(p, "data", p.data * 3) for p in net.parameters()],
 ], ids=["type", "values"])  # fmt: skip
