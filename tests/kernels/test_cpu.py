@@ -30,7 +30,7 @@ def test_every_tableau(tableau: Tableau, budget: int) -> None:
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("rows", [1, 31, 33, 100])
 def test_every_build_and_number_of_rows(build: str, rows: int) -> None:
-    compare(mlp(3, [20, 17], rows, time=True), rows, build=build, ts=torch.linspace(0, 1, 4).double())
+    compare(mlp(11, [20, 17], rows, time=True), rows, build=build, ts=torch.linspace(0, 1, 4).double())
 
 
 @pytest.mark.parametrize("kind", sorted(UNARY))

@@ -122,4 +122,39 @@ inline void transpose(const Vec* x, int features, T* out, int stride) {
         }
 }
 
+// Rows of [features] to a tile [features][TILE]; row(l) points to row l.
+template <typename Row>
+inline void load_rows(Row row, int features, Vec* x) {
+    constexpr int N = LANES;
+    int f = 0;
+    for (; f + N <= features; f += N)
+        for (int v = 0; v < VECS; v++) {
+            Vec a[N];
+#pragma GCC unroll 16
+            for (int i = 0; i < N; i++) memcpy(&a[i], row(v * N + i) + f, sizeof a[i]);
+            transpose_square(a);
+#pragma GCC unroll 16
+            for (int i = 0; i < N; i++) x[(f + i) * VECS + v] = a[i];
+        }
+    for (int l = 0; l < TILE && f < features; l++)
+        for (int d = f; d < features; d++) ((T*)x)[d * TILE + l] = row(l)[d];
+}
+
+// The first `count` rows of a tile, back again.
+template <typename Row>
+inline void store_rows(const Vec* x, int features, int count, Row row) {
+    constexpr int N = LANES;
+    int f = 0;
+    for (; f + N <= features; f += N)
+        for (int v = 0; v * N < count; v++) {
+            Vec a[N];
+#pragma GCC unroll 16
+            for (int i = 0; i < N; i++) a[i] = x[(f + i) * VECS + v];
+            transpose_square(a);
+            for (int i = 0; i < N && v * N + i < count; i++) memcpy(row(v * N + i) + f, &a[i], sizeof a[i]);
+        }
+    for (int l = 0; l < count && f < features; l++)
+        for (int d = f; d < features; d++) row(l)[d] = ((const T*)x)[d * TILE + l];
+}
+
 }  // namespace neuralode::PRECISION

@@ -145,8 +145,7 @@ class Solve : public Solver {
     void each_reading(int64_t index, const double* t, const double* h, const int32_t* first, const int32_t* last,
                       Use use) const;
     void read_outputs(int64_t index, const Tile& tile, const Steps& steps, const int32_t* first, const int32_t* last);
-    template <typename R>
-    void read(const R& r, const Vec* y, const Vec* y1, Vec* const* k, const Vec* size, Vec* out) const;
+    void read(const Reading& r, const Vec* y, const Vec* y1, Vec* const* k, const Vec* size, Vec* out) const;
 
     // the forward pass where samples share adaptive steps
     void add_parts(const std::vector<double>& part, int which, double* sums) const;

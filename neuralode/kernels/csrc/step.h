@@ -36,17 +36,13 @@ inline int Solve::valid(int64_t tile) const { return (int)std::min<int64_t>(TILE
 
 // Rows [rows][width] to a tile; the rows that are missing in the last one repeat its last row.
 inline void Solve::load(int64_t tile, const T* from, int width, Vec* to) const {
-    for (int l = 0; l < TILE; l++) {
-        const T* row = from + std::min<int64_t>(tile * TILE + l, p.rows - 1) * width;
-        for (int d = 0; d < width; d++) ((T*)to)[d * TILE + l] = row[d];
-    }
+    load_rows([&](int l) { return from + std::min<int64_t>(tile * TILE + l, p.rows - 1) * width; }, width, to);
 }
 
 inline void Solve::store(int64_t tile, const Vec* from, T* to) const { store(tile, from, p.width, to); }
 
 inline void Solve::store(int64_t tile, const Vec* from, int width, T* to) const {
-    for (int l = 0; l < valid(tile); l++)
-        for (int d = 0; d < width; d++) to[(tile * TILE + l) * width + d] = ((const T*)from)[d * TILE + l];
+    store_rows(from, width, valid(tile), [&](int l) { return to + (tile * TILE + l) * width; });
 }
 
 inline const double* Solve::times(int64_t row) const { return p.times_per_sample ? p.ts + row * p.times : p.ts; }
@@ -269,14 +265,18 @@ inline void Solve::read_outputs(int64_t index, const Tile& tile, const Steps& st
     });
 }
 
-template <typename R>
-inline void Solve::read(const R& r, const Vec* y, const Vec* y1, Vec* const* k, const Vec* size, Vec* out) const {
+inline void Solve::read(const Reading& r, const Vec* y, const Vec* y1, Vec* const* k, const Vec* size, Vec* out) const {
+    const Vec* used[MOST_SLOPES];
+    T weights[MOST_SLOPES];
+    int n = 0;
+    for (int q = 0; q < m.slopes(); q++)
+        if (r.slope[q]) used[n] = k[q], weights[n++] = T(r.slope[q]);
+    const T start = T(r.start), finish = T(r.finish);
     for (int i = 0; i < p.width * VECS; i++) {
         Vec sum{}, value{};
-        for (int q = 0; q < m.slopes(); q++)
-            if (r.slope[q]) sum += T(r.slope[q]) * k[q][i];
-        if (r.start) value += T(r.start) * y[i];
-        if (r.finish) value += T(r.finish) * y1[i];
+        for (int q = 0; q < n; q++) sum += weights[q] * used[q][i];
+        if (start) value += start * y[i];
+        if (finish) value += finish * y1[i];
         out[i] = value + size[i % VECS] * sum;
     }
 }
