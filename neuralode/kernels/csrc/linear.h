@@ -14,8 +14,11 @@ inline void pack(const T* w, int outputs, int inputs, bool transposed, T* out) {
     }
 }
 
-template <int R, typename Store>
-inline void product_block(const T* w, int inputs, const Vec* x, int j, Store store) {
+// Outputs j to j + R: out[j][v] = finish(j, Σ_k W[j][k] x[k][v], out[j][v]).
+template <int R, typename Finish>
+inline void product_block(const T* w, int inputs, const Vec* x, int j, Vec* out, Finish finish) {
+    const char* room = (const char*)(out + j * VECS);  // it comes near while the products keep the processor busy
+    for (int i = 0; i < R * TILE * (int)sizeof(T); i += 64) __builtin_prefetch(room + i, 1);
     for (int v = 0; v < VECS; v += PANEL) {
         Vec sum[R][PANEL] = {};
         const Vec* from = x + v;
@@ -29,24 +32,27 @@ inline void product_block(const T* w, int inputs, const Vec* x, int j, Store sto
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-            for (int p = 0; p < PANEL; p++) store(j + r, v + p, sum[r][p]);
+            for (int p = 0; p < PANEL; p++) {
+                Vec& to = out[(j + r) * VECS + v + p];
+                to = finish(j + r, sum[r][p], to);
+            }
     }
 }
 
-// Calls store(j, v, Σ_k W[j][k] x[k][v]) for every output j and vector v of the tile; W is packed.
-template <typename Store>
-inline void product(const T* packed, int outputs, int inputs, const Vec* x, Store store) {
+// The same for every output; W is packed.
+template <typename Finish>
+inline void product(const T* packed, int outputs, int inputs, const Vec* x, Vec* out, Finish finish) {
     int j = 0;
     for (; j + OUTPUTS <= outputs; j += OUTPUTS, packed += OUTPUTS * inputs)
-        product_block<OUTPUTS>(packed, inputs, x, j, store);
+        product_block<OUTPUTS>(packed, inputs, x, j, out, finish);
     switch (outputs - j) {
-        case 1: return product_block<1>(packed, inputs, x, j, store);
-        case 2: return product_block<2>(packed, inputs, x, j, store);
-        case 3: return product_block<3>(packed, inputs, x, j, store);
-        case 4: return product_block<4>(packed, inputs, x, j, store);
-        case 5: return product_block<5>(packed, inputs, x, j, store);
-        case 6: return product_block<6>(packed, inputs, x, j, store);
-        case 7: return product_block<7>(packed, inputs, x, j, store);
+        case 1: return product_block<1>(packed, inputs, x, j, out, finish);
+        case 2: return product_block<2>(packed, inputs, x, j, out, finish);
+        case 3: return product_block<3>(packed, inputs, x, j, out, finish);
+        case 4: return product_block<4>(packed, inputs, x, j, out, finish);
+        case 5: return product_block<5>(packed, inputs, x, j, out, finish);
+        case 6: return product_block<6>(packed, inputs, x, j, out, finish);
+        case 7: return product_block<7>(packed, inputs, x, j, out, finish);
         default: return;
     }
 }

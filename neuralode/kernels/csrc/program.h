@@ -70,9 +70,8 @@ inline void linear(const Operation& op, const double* c, const Tensor* tensors, 
     const Tensor& weight = tensors[op.tensor];
     const T* bias = op.bias < 0 ? nullptr : tensors[op.bias].data;
     auto run = [&](auto finish) {
-        product(weight.packed, weight.outputs, weight.inputs, x, [&](int j, int v, Vec sum) {
-            out[j * VECS + v] = finish(bias ? sum + bias[j] : sum);
-        });
+        product(weight.packed, weight.outputs, weight.inputs, x, out,
+                [&](int j, Vec sum, Vec) { return finish(bias ? sum + bias[j] : sum); });
     };
     switch (op.activation) {
         case TANH: return run([](Vec x) { return tanh(x); });
@@ -201,11 +200,10 @@ inline void reverse_linear(const Operation& op, const double* c, const Tensor* t
         }
     }
     if (op.adjoint_a == SET)
-        product(weight.transposed, weight.inputs, weight.outputs, g,
-                   [&](int k, int v, Vec sum) { adjoint[k * VECS + v] = sum; });
+        product(weight.transposed, weight.inputs, weight.outputs, g, adjoint, [](int, Vec sum, Vec) { return sum; });
     if (op.adjoint_a == INCREASE)
-        product(weight.transposed, weight.inputs, weight.outputs, g,
-                   [&](int k, int v, Vec sum) { adjoint[k * VECS + v] += sum; });
+        product(weight.transposed, weight.inputs, weight.outputs, g, adjoint,
+                [](int, Vec sum, Vec old) { return old + sum; });
 }
 
 inline void reverse_unary(const Operation& op, const double* c, const Vec* x, const Vec* out, const Vec* g,
