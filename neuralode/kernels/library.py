@@ -78,6 +78,12 @@ def load(path: Path) -> ctypes.CDLL | None:
     functions.neuralode_read.argtypes = [pointer, pointer, pointer, pointer, pointer]
     functions.neuralode_end.argtypes = [pointer]
     functions.neuralode_end.restype = None
+    functions.neuralode_take_stage.argtypes = [ctypes.c_int, *[pointer] * 4]
+    functions.neuralode_pull_stage.argtypes = [ctypes.c_int, *[pointer] * 4]
+    functions.neuralode_error_ratio.argtypes = [ctypes.c_int, *[pointer] * 3, number, number, pointer]
+    functions.neuralode_error_ratio.restype = number
+    for name in ("take_stage", "pull_stage"):
+        getattr(functions, f"neuralode_{name}").restype = None
     return functions
 
 

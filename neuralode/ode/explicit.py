@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 
 from neuralode.errors import UsageError, unknown
+from neuralode.ode import combine
+from neuralode.ode.combine import nonzero
 from neuralode.ode.interpolants import Interpolant, Polynomial, hermite, increment, linear
 from neuralode.ode.tableaus import Tableau
 
@@ -103,11 +105,12 @@ class RungeKutta:
         self.interpolates = tableau.interpolant_order >= tableau.order - 1
         self.by_sample, self.stages = True, len(tableau.c)
         self.options = frozenset() if tableau.adaptive else frozenset({"interp"})
-        self._rows = [_nonzero(row) for row in tableau.a]
+        self._rows = [nonzero(row) for row in tableau.a]
         self._inner = self._rows[1 : -1 if tableau.fsal else None]
         self._later = tableau.c[1:]
-        self._last = _nonzero(tableau.b)
-        self._error = _nonzero(tableau.error)
+        self._last = nonzero(tableau.b)
+        self.error_row = [] if tableau.error_low else nonzero(tableau.error)
+        """Weights of the slopes in the error, where it is linear in them."""
 
     def fresh(self, options: dict[str, Any]) -> Method:
         """The method reading output times as the option `interp` says; it keeps nothing from step to step."""
@@ -127,8 +130,8 @@ class RungeKutta:
         times = moments(t, h, self._later, y) if self._later else ()
         stages = [f0]
         for row, time in zip(self._inner, times, strict=False):
-            stages.append(field(time, _stage(y, stages, row, h)))
-        y1 = _end(y, stages, self._last, h)
+            stages.append(field(time, combine.stage(y, stages, row, h)))
+        y1 = combine.end(y, stages, self._last, h)
         f1 = None
         if tableau.fsal and complete:
             f1 = field(times[-1], y1)
@@ -137,12 +140,8 @@ class RungeKutta:
 
     def error(self, step: Step, field: Evaluate) -> torch.Tensor:
         tableau = self.tableau
-        if not tableau.error_low:
-            (first, scale), *rest = self._error
-            slope = step.stages[first]
-            for i, weight in rest:
-                slope = torch.add(slope, step.stages[i], alpha=weight / scale)
-            return slope * (scale * step.h)
+        if self.error_row:
+            return combine.error(step.stages, self.error_row, step.h)
         error, low = increment(step.stages, tableau.error), increment(step.stages, tableau.error_low)
         assert error is not None
         assert low is not None
@@ -157,7 +156,7 @@ class RungeKutta:
             return hermite(step.y0, step.f0, step.y1, step.end_slope(field), step.h)
         stages = list(step.stages)
         for row, time in zip(tableau.dense_a, moments(step.t, step.h, tableau.dense_c, step.y0), strict=True):
-            stages.append(field(time, _stage(step.y0, stages, _nonzero(row), step.h)))
+            stages.append(field(time, combine.stage(step.y0, stages, nonzero(row), step.h)))
         return Polynomial(step.y0, stages, tableau.interpolant, step.h)
 
     def stiffness(self, step: Step) -> torch.Tensor | None:
@@ -165,33 +164,9 @@ class RungeKutta:
         c = self.tableau.c
         if not (self.tableau.fsal and c[-2] == c[-1]):
             return None
-        before = _stage(step.y0, step.stages, self._rows[-2], step.h)
+        before = combine.stage(step.y0, step.stages, self._rows[-2], step.h)
         change = (step.stages[-1] - step.stages[-2]) * step.h
         return row_norm(change, step.h) / (row_norm(step.y1 - before, step.h) + _TINY)
 
 
 _TINY = 1e-30
-
-
-def _nonzero(row: tuple[float, ...]) -> list[tuple[int, float]]:
-    return [(i, weight) for i, weight in enumerate(row) if weight]
-
-
-def _end(y: torch.Tensor, stages: list[torch.Tensor], row: list[tuple[int, float]], h: Any) -> torch.Tensor:
-    """y + h Σᵢ bᵢkᵢ, the increments summed before y comes in: one rounding at the size of y a step."""
-    (first, scale), *rest = row
-    slope = stages[first]
-    for i, weight in rest:
-        slope = torch.add(slope, stages[i], alpha=weight / scale)
-    if isinstance(h, torch.Tensor):
-        return torch.addcmul(y, slope, h.to(y.dtype), value=scale)
-    return torch.add(y, slope, alpha=scale * h)
-
-
-def _stage(y: torch.Tensor, stages: list[torch.Tensor], row: list[tuple[int, float]], h: Any) -> torch.Tensor:
-    """y + h Σⱼ aⱼkⱼ."""
-    if isinstance(h, torch.Tensor):
-        return _end(y, stages, row, h)
-    for i, weight in row:  # fewest operations, which is what a small field's solve spends its time on
-        y = torch.add(y, stages[i], alpha=weight * h)
-    return y

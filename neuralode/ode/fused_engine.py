@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from neuralode.errors import UsageError
 from neuralode.kernels.cpu import CPUSolve
@@ -32,14 +31,13 @@ from neuralode.ode.setup import OPTIONS, fixed_grid, settings_of
 from neuralode.ode.solution import State, Stats
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import CountedField, Integration, Settings
-from neuralode.ode.tolerance import in_transform
+from neuralode.ode.tolerance import is_batch, watched
 
 _WIDEST = 1024
 """Features of a state up to which a tile of it stays in the caches."""
 _NO_LIMIT = 2**62
 _MOST = 256
 """Kinds of solves, and jobs of a kind, that are remembered."""
-_BATCHES = [torch._C._dispatch_key_parse(name) for name in ("FuncTorchBatched", "Batched")]
 _INFERENCE = "tensors made in inference mode cannot be kept for a gradient"
 
 
@@ -78,8 +76,7 @@ def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config
     Raises:
         NotFused: where the kernels cannot serve; nothing has been done then but one evaluation of the field.
     """
-    watched = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
-    if watched or in_transform() or forward_ad._current_level >= 0:
+    if watched():
         raise NotFused("inside a transform, or where operations are recorded, the stepper serves")
     kind = _kind_of(config, y0, ts)
     if kind.obstacle:
@@ -296,17 +293,11 @@ class _Fused(torch.autograd.Function):
         solve: _Solve = ctx.solve
         kernel = solve.kernel_ref()
         assert kernel is not None
-        if torch.is_grad_enabled() or _is_batch(cotangents[0]):
+        if torch.is_grad_enabled() or is_batch(cotangents[0]):
             return (None, None, *_differentiable(solve, kernel, inputs, cotangents[0], ctx.needs_input_grad[2:]))
         grad_rows, grad_given, grad_ts = kernel.backward(cotangents[0], ctx.needs_input_grad[2])
         solve.stats.nfe_backward += kernel.report.products
         return (None, None, grad_rows, None if grad_ts is None else grad_ts.to(inputs[1].dtype), *grad_given)
-
-
-def _is_batch(x: torch.Tensor) -> bool:
-    """Whether it stands for several tensors at once, as vmap has them, in its old form too."""
-    keys = torch._C._dispatch_keys(x)
-    return any(map(keys.has, _BATCHES))
 
 
 def _differentiable(solve: _Solve, kernel: CPUSolve | CUDASolve, inputs: list[torch.Tensor], cotangent: torch.Tensor,

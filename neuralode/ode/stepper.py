@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from neuralode.errors import UsageError
+from neuralode.ode import combine
 from neuralode.ode.clock import Accepted, Clock
 from neuralode.ode.controllers import Controller, StepSize
 from neuralode.ode.dense import DenseOutput, DensePiece
-from neuralode.ode.explicit import Method, Step, moment, row_norm
+from neuralode.ode.explicit import Method, RungeKutta, Step, moment, row_norm
 from neuralode.ode.packing import Packing, lasting, writes
 from neuralode.ode.solution import Stats, Status
 from neuralode.ode.tolerance import Tolerance, all_finite, in_transform
@@ -207,7 +208,7 @@ class Integration:
         step = settings.method.step(self.field, *self.clock.place(record), y, f0, plan)
         if self.size is not None:
             with torch.no_grad():
-                ratio = settings.tolerance.ratio(settings.method.error(step, self.field), y, step.y1)
+                ratio = error_ratio(settings, step, self.field)
             self.size.size = abs(h)
             if not self.size.accepts(ratio):
                 stats.rejected = (stats.rejected or 0) + 1
@@ -299,6 +300,14 @@ class Integration:
 
 def _graphs(slope: torch.Tensor | None) -> int:
     return int(slope is not None and slope.requires_grad)
+
+
+def error_ratio(settings: Settings, step: Step, field: Callable[..., torch.Tensor]) -> float:
+    """The step's error over the tolerance; it stands if that is at most 1."""
+    method, tolerance = settings.method, settings.tolerance
+    if isinstance(method, RungeKutta) and method.error_row:
+        return combine.error_ratio(step.stages, method.error_row, step.h, step.y0, step.y1, tolerance)
+    return tolerance.ratio(method.error(step, field), step.y0, step.y1)
 
 
 def step_estimates(

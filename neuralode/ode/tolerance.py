@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
+_BATCHES = [torch._C._dispatch_key_parse(name) for name in ("FuncTorchBatched", "Batched")]
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:
@@ -80,6 +83,18 @@ def all_finite(x: torch.Tensor) -> bool:
 def in_transform() -> bool:
     """Whether the solve runs inside a transform of torch.func."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def watched() -> bool:
+    """Whether something besides autograd follows the operations: a transform, a tracer, forward differentiation."""
+    recorded = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+    return recorded or in_transform() or forward_ad._current_level >= 0
+
+
+def is_batch(x: torch.Tensor) -> bool:
+    """Whether it stands for several tensors at once, as vmap has them, in its old form too."""
+    keys = torch._C._dispatch_keys(x)
+    return any(map(keys.has, _BATCHES))
 
 
 class _Largest(torch.autograd.Function):

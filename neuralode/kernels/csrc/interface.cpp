@@ -3,6 +3,7 @@
 #include <new>
 
 #include "problem.h"
+#include "stages.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -49,3 +50,20 @@ EXPORT void neuralode_read(const Solver* solver, Report* report, double* sizes, 
 }
 
 EXPORT void neuralode_end(Solver* solver) { delete solver; }
+
+EXPORT void neuralode_take_stage(int doubles, const Slopes* slopes, const void* y, void* out, const Workers* workers) {
+    doubles ? take_stage(*slopes, (const double*)y, (double*)out, *workers)
+            : take_stage(*slopes, (const float*)y, (float*)out, *workers);
+}
+
+EXPORT void neuralode_pull_stage(int doubles, const Slopes* slopes, const void* g, void* const* to,
+                                 const Workers* workers) {
+    doubles ? pull_stage(*slopes, (const double*)g, (double* const*)to, *workers)
+            : pull_stage(*slopes, (const float*)g, (float* const*)to, *workers);
+}
+
+EXPORT double neuralode_error_ratio(int doubles, const Slopes* slopes, const void* y, const void* y1, double rtol,
+                                    double atol, const Workers* workers) {
+    return doubles ? error_ratio(*slopes, (const double*)y, (const double*)y1, rtol, atol, *workers)
+                   : error_ratio(*slopes, (const float*)y, (const float*)y1, rtol, atol, *workers);
+}

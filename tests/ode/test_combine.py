@@ -1,0 +1,121 @@
+"""Combinations of slopes in one pass, by the kernels, against the same operation by operation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from neuralode import solve
+from neuralode.kernels.library import library, why_not
+from neuralode.ode import combine
+from neuralode.ode.tolerance import Tolerance
+
+pytestmark = pytest.mark.skipif(library() is None, reason=why_not())
+ROW = [(0, 0.3), (2, -1.7), (3, 0.25), (4, 2.0)]
+DTYPES = [torch.float32, torch.float64]
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(combine, "_LARGE", 0)
+
+
+def state(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    return torch.randn(shape, dtype=dtype), [torch.randn(shape, dtype=dtype) for _ in range(5)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (1024,), (1025,), (7, 4, 9001)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("used", [2, 3, 4])
+@pytest.mark.usefixtures("always")
+def test_a_combination(dtype: torch.dtype, shape: tuple[int, ...], threads: int, used: int) -> None:
+    torch.set_num_threads(threads)
+    y, slopes = state(*shape, dtype=dtype)
+    wanted = y.double() + 0.1 * sum(w * slopes[i].double() for i, w in ROW[:used])
+    for made in (combine.stage, combine.end):
+        found = made(y, slopes, ROW[:used], 0.1)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), wanted, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (3, 5), (1024,), (7, 4, 9001)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_error_over_the_tolerance(dtype: torch.dtype, shape: tuple[int, ...], threads: int) -> None:
+    torch.set_num_threads(threads)
+    y, slopes = state(*shape, dtype=dtype)
+    y1, tolerance = slopes[1] * 3, Tolerance(1e-2, 1e-3)
+    error = 0.1 * sum(w * slopes[i].double() for i, w in ROW)
+    wanted = Tolerance(1e-2, 1e-3).ratio(error, y.double(), y1.double())
+    assert combine.error_ratio(slopes, ROW, 0.1, y, y1, tolerance) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("where", ["y", "y1", "slope"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_error_that_is_not_finite_is_never_accepted_where_it_was_not(
+    where: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    y, slopes = state(40)
+    y1 = y + 0.1
+    {"y": y, "y1": y1, "slope": slopes[2]}[where][17] = value
+    ours = combine.error_ratio(slopes, ROW, 0.1, y, y1, Tolerance(1e-2, 1e-3))
+    monkeypatch.setattr("neuralode.kernels.stages.library", lambda: None)
+    theirs = combine.error_ratio(slopes, ROW, 0.1, y, y1, Tolerance(1e-2, 1e-3))
+    assert ours == pytest.approx(theirs, nan_ok=True)
+
+
+@pytest.mark.usefixtures("always")
+def test_gradients_of_both_orders() -> None:
+    y, slopes = state(2, 3)
+    leaves = [y.requires_grad_(), *(x.requires_grad_() for x in slopes)]
+
+    def cubed(y: torch.Tensor, *slopes: torch.Tensor) -> torch.Tensor:
+        return combine.stage(y, slopes, ROW, 0.1) ** 3
+
+    assert torch.autograd.gradcheck(cubed, leaves, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(cubed, leaves)
+
+
+@pytest.mark.usefixtures("always")
+def test_only_what_wants_a_gradient_gets_one() -> None:
+    y, slopes = state(6)
+    slopes[2].requires_grad_()
+    combine.stage(y, slopes, ROW, 0.1).sum().backward()
+    assert y.grad is None
+    torch.testing.assert_close(slopes[2].grad, torch.full((6,), -0.17, dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("always")
+def test_what_the_kernels_cannot_take_is_combined_all_the_same() -> None:
+    y, slopes = state(4, 6)
+    wanted = combine.stage(y, slopes, ROW, 0.1)
+    strange = [x.t().contiguous().t() for x in slopes]
+    torch.testing.assert_close(combine.stage(y, strange, ROW, 0.1), wanted)
+    torch.testing.assert_close(combine.stage(y + 0j, [x + 0j for x in slopes], ROW, 0.1), wanted + 0j)
+    mapped = torch.func.vmap(lambda y, *slopes: combine.stage(y, slopes, ROW, 0.1))(y, *slopes)
+    torch.testing.assert_close(mapped, wanted)
+    _, tangent = torch.func.jvp(lambda y: combine.stage(y, slopes, ROW, 0.1), (y,), (torch.ones_like(y),))
+    torch.testing.assert_close(tangent, torch.ones_like(y))
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("checkpoint", ["never", "always", 2])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "dop853", "rk4"])
+def test_a_solve_with_and_without(method: str, checkpoint: str | int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv1d(4, 2, 3, padding=1)).double()
+    y0, found = torch.randn(3, 2, 8, dtype=torch.float64), []
+    how = {"step_size": 0.1} if method == "rk4" else {"rtol": 1e-6, "atol": 1e-8}
+    for _ in range(2):
+        ys = solve(lambda t, y: net(y), y0, [0.0, 0.3, 1.0], method=method, engine="stepper", checkpoint=checkpoint,
+                   **how).ys  # fmt: skip
+        gradients = torch.autograd.grad(ys.square().sum(), list(net.parameters()))
+        found.append([ys.detach(), *gradients])
+        monkeypatch.setattr("neuralode.kernels.stages.library", lambda: None)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
