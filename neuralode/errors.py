@@ -11,6 +11,10 @@ class UsageError(ValueError):
     """A mistake in what was asked for; its message is one sentence meant for the person who asked."""
 
 
+class FieldError(UsageError):
+    """A field that our engines cannot solve; torchdiffeq, which checks less, may."""
+
+
 class Stopped(SystemExit):
     """The run was asked to stop by a signal; the exit code is 128 + the signal's number, as in a shell."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -114,6 +115,7 @@ class CPUSolve(ctypes.Structure):
     def __init__(self, library: Library, task: Task):
         super().__init__()
         self.handle: int | None = None
+        self._one_at_a_time = threading.Lock()  # backward passes share the threads' memory
         self.functions = library.functions
         self.task, job = task, task.job
         self.ys = task.y0.new_empty(task.ts.shape[-1], *task.y0.shape)
@@ -149,11 +151,14 @@ class CPUSolve(ctypes.Structure):
         found = [_room(self.task.y0, shape) if w else None for shape, w in zip(self._shapes, wants, strict=False)]
         times = torch.empty_like(self.task.ts) if self.task.job.times_move else None
         grad_ys = grad_ys.contiguous()
-        pointers = _pointers(found)
-        self._run(lambda: self.functions.neuralode_backward(
-            self.handle, grad_ys.data_ptr(), _data(y0), ctypes.addressof(pointers), _data(times), _PATIENCE
-        ))  # fmt: skip
-        self._read()
+        pointers, threads = _pointers(found), torch.get_num_threads()
+        begins = itertools.chain([True], itertools.repeat(False))
+        with self._one_at_a_time:
+            self._run(lambda: self.functions.neuralode_backward(
+                self.handle, grad_ys.data_ptr(), _data(y0), ctypes.addressof(pointers), _data(times), _PATIENCE,
+                next(begins), threads
+            ))  # fmt: skip
+            self._read()
         return y0, found, times
 
     def take_states(self) -> torch.Tensor:

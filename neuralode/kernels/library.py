@@ -74,7 +74,7 @@ def load(path: Path) -> ctypes.CDLL | None:
     functions.neuralode_begin.restype = pointer
     functions.neuralode_begin.argtypes = [pointer, ctypes.c_int]
     functions.neuralode_forward.argtypes = [pointer, number]
-    functions.neuralode_backward.argtypes = [pointer, pointer, pointer, pointer, pointer, number]
+    functions.neuralode_backward.argtypes = [*[pointer] * 5, number, ctypes.c_int, ctypes.c_int]
     functions.neuralode_read.argtypes = [pointer, pointer, pointer, pointer, pointer]
     functions.neuralode_end.argtypes = [pointer]
     functions.neuralode_end.restype = None

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +67,12 @@ def lower(field: Callable[..., Any], t: torch.Tensor | float, y: State, args: tu
         return Lowered(known.program, known.tensors(), None, known.count)
     if isinstance(field, torch.jit.ScriptFunction) or hasattr(field, "_torchdynamo_orig_callable"):
         raise NotLowered("it is compiled")
-    watch = Watch(field)
-    if reason := watch.obstacle():
+    try:
+        watch = Watch(field)
+        reason = watch.obstacle()
+    except Exception as error:  # an attribute may be anything, and refuse to be looked at
+        raise NotLowered(f"it cannot be looked at ({type(error).__name__}: {error})") from error
+    if reason:
         raise NotLowered(reason)
     t = t if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=first.dtype, device=first.device)
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -81,8 +86,7 @@ def lower(field: Callable[..., Any], t: torch.Tensor | float, y: State, args: tu
                     raise
                 writer = Writer(torch.is_grad_enabled(), guess="features")
                 lowered = _evaluate(field, t, y, args, watch, writer)
-            if watch.counters:
-                _check_counters(field, t, y, args, watch, lowered, writer.guess)
+            _check(field, t, y, args, watch, lowered, writer.guess)
     except NotLowered as why:
         if when is not None:
             remember_refusal(field, when, watch, str(why))
@@ -120,20 +124,32 @@ def _evaluate(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[
     return Lowered(_programs.setdefault(program, program), writer.tensors, dy, count)
 
 
-def _check_counters(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any, ...], watch: Watch,
-                    lowered: Lowered, guess: str) -> None:  # fmt: skip
-    """Evaluates again, with the next counts and with large ones, to see that the field makes no use of its counts."""
-    for ahead in (0, _FAR):
+def _check(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any, ...], watch: Watch,
+           lowered: Lowered, guess: str) -> None:  # fmt: skip
+    """Evaluates again, at another time and state, and with other counts: the program has to be the same everywhere."""
+    parts = tuple(_moved(part) for part in y) if isinstance(y, tuple) else _moved(y)
+    for ahead in (0, _FAR) if watch.counters else (0,):
         later = Watch(field) if not ahead else _watch_at(field, watch, ahead)
         try:
-            again = _evaluate(field, t, y, args, later, Writer(torch.is_grad_enabled(), guess=guess))
+            again = _evaluate(field, _moved(t), parts, args, later, Writer(torch.is_grad_enabled(), guess=guess))
             again.count(-1 - ahead)  # this evaluation was none of the solve's
             same = len(later.counters) == len(watch.counters) and again.program == lowered.program
-            if not (same and all(map(torch.equal, again.tensors, lowered.tensors))):
-                raise NotLowered("it makes use of a number that its calls change")
+            if not (same and all(map(_equal, again.tensors, lowered.tensors))):
+                use = "of a number that its calls change" if watch.counters else "of more than its operations show"
+                raise NotLowered(f"it makes use {use}")
         except NotLowered:
             watch.restore()
             raise
+
+
+def _moved(x: torch.Tensor) -> torch.Tensor:
+    """Numbers nearby, none of them the same."""
+    x = x.detach()
+    return x + 1e-3 * (1 + x.abs())
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or torch.equal(a, b)
 
 
 def _watch_at(field: Callable[..., Any], watch: Watch, ahead: int) -> Watch:
@@ -196,10 +212,18 @@ def _unhooked() -> contextlib.AbstractContextManager[Any]:
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
-def _eager() -> contextlib.AbstractContextManager[Any]:
+_STANCE = threading.RLock()
+"""The compiler's stance is the process's: two threads that set it and put it back would leave it set."""
+
+
+@contextlib.contextmanager
+def _eager() -> Iterator[None]:
     """Runs functions that torch.compile has compiled as they are written: compiled code does what cannot be seen."""
-    compiles = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with _STANCE, torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class _Recorder(TorchDispatchMode):
@@ -249,9 +273,12 @@ class _Recorder(TorchDispatchMode):
         return NotImplemented
 
 
+_LOOKING = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
 def _is_refused(func: Any) -> bool:
     """Whether an operation may not even be done on constants: it would change them, look at them or draw numbers."""
-    return func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags or "_local_scalar" in str(func)
+    return func._schema.is_mutable or not _LOOKING.isdisjoint(func.tags)
 
 
 def _why_refused(func: Any) -> str:
@@ -274,6 +301,14 @@ _LOOKS = {
 }  # fmt: skip
 
 
+_COPIES = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}
+"""Functions that read the numbers of the tensors in a list."""
+
+
+def _holds_tensors(x: Any) -> bool:
+    return isinstance(x, list | tuple) and any(isinstance(y, torch.Tensor) or _holds_tensors(y) for y in x)
+
+
 class _NoLooking(TorchFunctionMode):
     """Refuses what reads a tensor's values, or hooks into its gradient, without an operation that could be seen."""
 
@@ -282,7 +317,7 @@ class _NoLooking(TorchFunctionMode):
         self.writer = writer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _LOOKS:
+        if func in _LOOKS or (func in _COPIES and any(_holds_tensors(x) for x in args)):
             name = getattr(func, "__name__", "data")
             self.writer.refusal = f"it looks at values or at gradients on its way ({name})"
             raise NotLowered(self.writer.refusal)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from neuralode.kernels.program import STATE, TIME, UNARY, Operation, Program
@@ -17,6 +18,18 @@ KINDS = (
 FUSED = {"tanh", "sigmoid", "relu", "softplus", "elu"}
 """Functions whose derivative follows from their value, so that a linear layer need not keep what it gave them."""
 _SET, _INCREASE, _LEAVE = range(3)
+
+
+def _is_fused(op: Operation) -> bool:
+    """Whether an operation may be done with the product before it: its value has to tell its slope."""
+    tells = op.kind not in _TELLING or _TELLING[op.kind](op.constants)
+    return op.kind in FUSED and tells
+
+
+_TELLING: dict[str, Callable[[tuple[float, ...]], bool]] = {
+    "elu": lambda constants: constants[0] >= 0,
+    "softplus": lambda constants: constants[1] >= 20,  # from where on its value and its argument are the same
+}
 
 
 class Line(ctypes.Structure):
@@ -105,7 +118,7 @@ class _Layout:
         """Registers that are a function of a linear layer which nothing else reads, with their operations."""
         found = {}
         for i, op in enumerate(self.program.operations):
-            if op.kind in FUSED and op.inputs[0] > TIME and i + 2 in self.live:
+            if _is_fused(op) and op.inputs[0] > TIME and i + 2 in self.live:
                 source = self.program.operations[op.inputs[0] - 2]
                 alone = self.uses[op.inputs[0]] == 1 and op.inputs[0] != self.program.output
                 if source.kind == "linear" and alone:

@@ -7,6 +7,7 @@ field, and written anew from time to time in any case.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import operator
 import weakref
@@ -26,7 +27,11 @@ _MOST = 16
 """Programs of one field, for states of different shapes."""
 _HELD = ("_parameters", "_buffers", "_modules")
 
-_remembered: weakref.WeakKeyDictionary[Any, dict[Any, Remembered]] = weakref.WeakKeyDictionary()
+_MOST_FIELDS = 32
+"""Fields of which programs are kept: what is kept may hold its own field, which would else never be freed."""
+
+_remembered: collections.OrderedDict[int, dict[Any, Remembered]] = collections.OrderedDict()
+"""By the identity of the field, the last one used at the end."""
 
 
 def circumstances(t: torch.Tensor | float, y: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
@@ -53,30 +58,37 @@ def remember_refusal(field: Callable[..., Any], when: Any, watch: Watch, reason:
 
 
 def _keep(field: Callable[..., Any], when: Any, known: Remembered) -> None:
+    key = id(field)
     try:
-        found = _remembered.setdefault(field, {})
+        known.field = weakref.ref(field, lambda _: _remembered.pop(key, None))
     except TypeError:  # it cannot be referred to weakly
         return
-    if len(found) >= _MOST:
+    found = _remembered.setdefault(key, {})
+    if len(found) >= _MOST or any(other.field() is not field for other in found.values()):
         found.clear()
-    known.field = weakref.ref(field)
     found[when] = known
+    while len(_remembered) > _MOST_FIELDS:
+        _remembered.pop(next(iter(_remembered)), None)
 
 
 def recall(field: Callable[..., Any], when: Any) -> Remembered | None:
     """The field's program under these circumstances, if it is known and the field has not changed."""
-    try:
-        found = _remembered.get(field)
-    except TypeError:
-        return None
+    found = _remembered.get(id(field))
     known = found.get(when) if found else None
     if found is None or known is None:
         return None
     known.uses += 1
-    if known.uses < _USES and known.field() is field and known.holds():  # not one that is merely equal
+    if known.uses < _USES and known.field() is field and known.holds():
+        if len(_remembered) > _MOST_FIELDS // 2:
+            _remembered.move_to_end(id(field))
         return known
     found.pop(when, None)
     return None
+
+
+def forget(field: Callable[..., Any]) -> None:
+    """Drops what is known of a field."""
+    _remembered.pop(id(field), None)
 
 
 def _needed(held: set[int], writer: Writer) -> list[Made] | None:

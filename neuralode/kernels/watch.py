@@ -18,12 +18,19 @@ import torch
 from torch import nn
 
 _CONTAINERS = (list, dict, set, collections.deque)
-_PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.Tensor, nn.Parameter, torch.dtype, torch.device})
+_PLAIN = frozenset({
+    int, float, bool, str, bytes, type(None), types.CodeType, torch.Tensor, nn.Parameter, torch.dtype, torch.device,
+})  # fmt: skip
 """Types of values that hold nothing to look at."""
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"_buffers"}
 """Attributes by which PyTorch itself keeps a module; parameters and hooks are looked at otherwise."""
+_HELD_BY_MODULES = frozenset(nn.Module().__dict__)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Attributes of a module that hold its hooks."""
+_FROM_AFAR = frozenset({
+    "environ", "getenv", "globals", "locals", "modules", "import_module", "__import__", "eval", "exec",
+})  # fmt: skip
+"""Names by which a function may read what it does not name."""
 _LARGE = 256
 """Entries of a container beyond which only their number is looked at."""
 _DEEPEST, _MOST_PLACES = 8, 256
@@ -123,8 +130,12 @@ class Watch:
                 if module is thing or id(module) not in self._seen:
                     self._seen.add(id(module))
                     self.modules.append(module)
-                    if not type(module).__module__.startswith("torch.nn.modules"):  # whose calls change buffers at most
+                    if not type(module).__module__.startswith("torch.nn.modules"):
                         self._enter_object(module, depth)
+            plain = [m for m in thing.modules() if type(m).__module__.startswith("torch.nn.modules")]
+            if plain := [m for m in plain if ("plain", id(m)) not in self._seen]:
+                self._seen.update(("plain", id(m)) for m in plain)
+                self._look_at(_PlainModules(plain), depth)
         elif isinstance(thing, types.MethodType):
             self._enter(thing.__self__, depth)
             self._enter(thing.__func__, depth)
@@ -135,9 +146,8 @@ class Watch:
             if self._random is None and "random" in _globals_of(thing.__code__):
                 self._random = _generators()
             self._look_at(_Variables(thing, self._seen), depth)
-            self._enter_names(thing)
-            for part in (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()):
-                self._enter(part, depth + 1)
+            self._enter_names(thing, depth)
+            self._look_at(_Function(thing), depth)
             if thing.__dict__:
                 self._look_at(_Attributes(thing), depth)
         elif isinstance(thing, tuple):
@@ -149,31 +159,45 @@ class Watch:
             self._look_at(_Entries(thing), depth)
         elif isinstance(thing, type | types.ModuleType):
             self.opaque |= not _is_of_known_package(thing)
+            if isinstance(thing, type):
+                self._enter_class(thing, depth)
         elif isinstance(thing, _FROZEN):
             pass
         elif isinstance(thing, _GIVING):
             self._gives = f"it holds a {type(thing).__name__}, and what a call takes of that cannot be given back"
+        elif isinstance(thing, np.ndarray):
+            self.opaque = True
+            self._look_at(_Array(thing), depth)
         elif isinstance(thing, staticmethod | classmethod | property):
             for function in (getattr(thing, "__func__", None), getattr(thing, "fget", None)):
                 self._enter(function, depth + 1)
-        elif hasattr(thing, "__dict__"):
-            self.opaque |= any(owner.__dict__.get("__slots__") for owner in type(thing).__mro__[:-1])
-            self._enter_object(thing, depth)
         else:
-            self.opaque = True
+            kind: type = type(thing)
+            if slots := _slots_of(kind):
+                self._look_at(_Slots(thing, slots), depth)
+            self.opaque |= bool(slots) or not hasattr(thing, "__dict__")
+            if hasattr(thing, "__dict__"):
+                self._enter_object(thing, depth)
 
-    def _enter_names(self, function: types.FunctionType) -> None:
-        """Looks whether a function names modules or classes of the user's, whose attributes are not followed."""
-        for name in _globals_of(function.__code__):
+    def _enter_names(self, function: types.FunctionType, depth: int) -> None:
+        """Looks whether a function names modules or classes of the user's, whose methods are not followed."""
+        names = _globals_of(function.__code__)
+        self.opaque |= not _FROM_AFAR.isdisjoint(names)
+        for name in names:
             thing = function.__globals__.get(name)
             if isinstance(thing, type | types.ModuleType) and not _is_of_known_package(thing):
                 self.opaque = True
+            if isinstance(thing, type):
+                self._enter_class(thing, depth)
 
     def _enter_object(self, thing: Any, depth: int) -> None:
         self._look_at(_Attributes(thing), depth)
-        for owner in type(thing).__mro__:
-            if owner.__module__.partition(".")[0] not in ("torch", "builtins") and id(owner) not in self._seen:
-                self._seen.add(id(owner))
+        self._enter_class(type(thing), depth)
+
+    def _enter_class(self, kind: type, depth: int) -> None:
+        for owner in kind.__mro__:
+            if owner.__module__.partition(".")[0] not in _KNOWN_PACKAGES and ("class", id(owner)) not in self._seen:
+                self._seen.add(("class", id(owner)))
                 self._look_at(_ClassAttributes(owner), depth)
 
     def _look_at(self, place: Place, depth: int) -> None:
@@ -287,18 +311,120 @@ class _Attributes(Place):
         return name not in self.before and not (isinstance(self.owner, nn.Module) and name in _OF_EVERY_MODULE)
 
 
+@functools.lru_cache(maxsize=256)
+def _slots_of(kind: type) -> tuple[str, ...]:
+    found = []
+    for owner in kind.__mro__[:-1]:
+        names = owner.__dict__.get("__slots__") or ()
+        found += [names] if isinstance(names, str) else list(names)
+    return tuple(name for name in found if not name.startswith("__"))
+
+
+class _Slots(Place):
+    """The attributes of an object whose class names them."""
+
+    def __init__(self, owner: Any, names: tuple[str, ...]):
+        self.owner = owner
+        super().__init__({name: self.read(name) for name in names})
+
+    def read(self, name: Any) -> Any:
+        return getattr(self.owner, name, _MISSING)
+
+    def write(self, name: Any, value: Any) -> None:
+        delattr(self.owner, name) if value is _MISSING else setattr(self.owner, name, value)
+
+
+class _PlainModules(Place):
+    """The attributes of PyTorch's own modules: their calls change buffers at most, but a user may hang more on them."""
+
+    grows = True
+
+    def __init__(self, modules: list[nn.Module]):
+        self._owners = list(map(weakref.ref, modules))
+        self._sizes = [len(module.__dict__) for module in modules]
+        own = [(i, module.__dict__) for i, module in enumerate(modules)]
+        super().__init__({(i, name): x for i, held in own for name, x in held.items() if name not in _HELD_BY_MODULES})
+
+    def _own(self, i: int) -> dict[str, Any]:
+        owner = self._owners[i]()
+        return {} if owner is None else owner.__dict__
+
+    def read(self, name: Any) -> Any:
+        return self._own(name[0]).get(name[1], _MISSING)
+
+    def write(self, name: Any, value: Any) -> None:
+        self._own(name[0])[name[1]] = value
+
+    def added(self) -> Any:
+        return next((i for i, size in enumerate(self._sizes) if len(self._own(i)) != size), None)
+
+    def is_of(self, thing: Any) -> bool:
+        return any(owner() is thing for owner in self._owners)
+
+    def restore(self) -> None:
+        super().restore()
+        for i in range(len(self._owners)):
+            known = {name for j, name in self.before if j == i} | _HELD_BY_MODULES
+            for name in [name for name in self._own(i) if name not in known]:
+                del self._own(i)[name]
+
+    def describe(self, name: Any) -> str:
+        return f"a call changes {name[1]!r} of a module" if isinstance(name, tuple) else "a call gives a module more"
+
+
 class _ClassAttributes(Place):
     """The values of a class, and its methods."""
 
+    grows = True
+
     def __init__(self, owner: type):
         self.owner = owner
-        super().__init__({name: owner.__dict__[name] for name in _values_of(owner) if name in owner.__dict__})
+        own = owner.__dict__
+        super().__init__({name: own[name] for name in _values_of(owner) if name in own}, own)
 
     def read(self, name: Any) -> Any:
         return self.owner.__dict__.get(name, _MISSING)
 
     def write(self, name: Any, value: Any) -> None:
         setattr(self.owner, name, value)
+
+    def added(self) -> Any:
+        return None if len(self.owner.__dict__) == self.count else f"attributes of {self.owner.__name__}"
+
+
+class _Function(Place):
+    """What a function is made of."""
+
+    counts = False
+
+    def __init__(self, function: types.FunctionType):
+        self.function = function
+        super().__init__({name: self.read(name) for name in ("__code__", "__defaults__", "__kwdefaults__")})
+
+    def read(self, name: Any) -> Any:
+        return getattr(self.function, name)
+
+    def write(self, name: Any, value: Any) -> None:
+        setattr(self.function, name, value)
+
+
+class _Array(Place):
+    """The numbers of an array, if they are few."""
+
+    grows = True
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        self.kept = array.copy() if array.size <= _LARGE else None
+        super().__init__({})
+
+    def added(self) -> Any:
+        same = self.kept is None or np.array_equal(self.array, self.kept, equal_nan=self.array.dtype.kind in "fc")
+        return None if same else "array"
+
+    def restore(self) -> None:
+        if self.kept is not None and self.array.flags.writeable:
+            self.array[...] = self.kept
 
 
 @functools.lru_cache(maxsize=256)

@@ -51,25 +51,29 @@ class ODEBlock(nn.Module):
         """Statistics of the last call."""
         self._number = register(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stats": None}  # which may hold a graph
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._number = register(self)  # of the copy
 
-    def forward(self, y0: State, t: torch.Tensor | Sequence[float] | None = None) -> State:
+    def forward(self, y0: State, t: torch.Tensor | Sequence[float] | None = None, *, prepared: bool = False) -> State:
         """Solves from y0.
 
         Args:
             y0: initial state, a tensor of any shape or a tuple of tensors.
             t: output times, [T]; the solver's time span if None. Given times, the block returns the trajectory.
+            prepared: y0 is augmented already.
         """
         if torch.compiler.is_compiling() and isinstance(y0, torch.Tensor):
             return self._compiled(y0, t)
-        solution = self.solve(y0, t)
+        solution = self.solve(y0, t, prepared=prepared)
         return solution.final if t is None and self.output == "final" else solution.ys
 
-    def solve(self, y0: State, t: torch.Tensor | Sequence[float] | None = None) -> Solution:
+    def solve(self, y0: State, t: torch.Tensor | Sequence[float] | None = None, *, prepared: bool = False) -> Solution:
         """As `forward`, returning the whole Solution."""
-        state = self._prepare(y0)
+        state = y0 if prepared else self._prepare(y0)
         field = self._of_time_and_state() if self.autonomous else self.field
         times: Any = self.solver.t_span if t is None else t
         with torch.autocast(tensors(state)[0].device.type, enabled=False):
@@ -121,6 +125,10 @@ class _Autonomous(nn.Module):
         return self.field(y)
 
 
+_TIMES = ("t", "time", "s", "")
+"""Names of a first parameter that is the time, where the second has a default."""
+
+
 def _takes_state_alone(field: Callable[..., Any]) -> bool:
     function = getattr(field, "_orig_mod", field)  # what torch.compile wrapped
     function = function.forward if isinstance(function, nn.Module) else function
@@ -131,7 +139,10 @@ def _takes_state_alone(field: Callable[..., Any]) -> bool:
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return False
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len([p for p in positional if p.default is p.empty]) <= 1 and len(positional) == 1
+    required = [p for p in positional if p.default is p.empty]
+    if len(required) > 1 or not positional:
+        return False
+    return len(positional) == 1 or positional[0].name.strip("_").lower() not in _TIMES
 
 
 def _full_precision(y: torch.Tensor, field: Any) -> torch.Tensor:

@@ -68,8 +68,13 @@ def solve_backward(
     """The gradients of y0, of t and of the parameters, from that of the states."""
     inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in (y0, t, *parameters)]
     with _autograd(), torch.enable_grad():
-        mark = new_mark()
+        mark, drawn = new_mark(), torch.get_rng_state()
         ys = _states(block, inputs[0], inputs[1], inputs[2:])
+        if not torch.equal(drawn, torch.get_rng_state()):
+            raise UsageError(
+                "the field draws random numbers (dropout?), and inside torch.compile the backward pass would draw "
+                "others; keep the block out with torch.compiler.disable(block)."
+            )
         if leaves_of([ys], inputs, mark):
             raise UsageError(f"the field uses a parameter that is not the block's own, {_UNSEEN}")
         wanted = [x for x in inputs if x.requires_grad]
@@ -115,4 +120,4 @@ def _states(number: int, y0: torch.Tensor, t: torch.Tensor, parameters: Sequence
         if loose:
             raise UsageError(f"the field holds the tensor {loose[0]!r}, which is no parameter and no buffer, {_UNSEEN}")
     held = dict(zip((name for name, _ in block.named_parameters()), parameters, strict=True))
-    return cast(torch.Tensor, torch.func.functional_call(block, held, (y0, t)))
+    return cast(torch.Tensor, torch.func.functional_call(block, held, (y0, t), {"prepared": True}))

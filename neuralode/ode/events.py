@@ -17,6 +17,8 @@ from neuralode.ode.stepper import Integration
 Event = Callable[..., torch.Tensor]
 """`g(t, y, *args)`: one number a sample, [B], or one number, [], for the state as a whole."""
 _BISECTIONS = 60
+_NEAR = 1e-6
+"""Most, in fractions of a step, that is left between the bisection and the event."""
 
 
 class EventWatch:
@@ -107,7 +109,9 @@ class EventWatch:
         value = self._chosen(piece, high, events)
         slope = torch.where(here & (slope != 0), slope, 1.0)
         # the implicit-function theorem: dθ/dp = -(∂g/∂p)/(∂g/∂θ); rows of other steps stay where they are
-        fraction = high - torch.where(here, value / slope, 0.0)
+        shift = torch.where(here, value / slope, 0.0)
+        near = shift.detach().abs() <= _NEAR  # else the event jumps, and the bisection has its time
+        fraction = high - torch.where(near, shift, shift - shift.detach())
         time, state = self._at(piece, fraction)
         return time.reshape(self.step.shape), state
 

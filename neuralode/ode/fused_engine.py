@@ -20,7 +20,8 @@ from neuralode.kernels.cuda.solve import CUDASolve
 from neuralode.kernels.library import library, why_not
 from neuralode.kernels.lower import Lowered, NotLowered, lower
 from neuralode.kernels.program import Program
-from neuralode.kernels.task import SUCCESS, Job, LimitsData, MethodData, Task
+from neuralode.kernels.recall import forget
+from neuralode.kernels.task import MISMATCH, SUCCESS, Job, LimitsData, MethodData, Task
 from neuralode.ode.clock import Clock, host_values
 from neuralode.ode.explicit import RungeKutta
 from neuralode.ode.methods import METHODS
@@ -35,6 +36,8 @@ from neuralode.ode.tolerance import is_batch, watched
 
 _WIDEST = 1024
 """Features of a state up to which a tile of it stays in the caches."""
+_MOST_PARTS = 16
+"""Of a tuple state, as csrc/problem.h has it."""
 _NO_LIMIT = 2**62
 _MOST = 256
 """Kinds of solves, and jobs of a kind, that are remembered."""
@@ -88,12 +91,15 @@ def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config
     solve = _Solve(kind, lowered, y0, ts, fixed_grid(config, field, y0, ts) if kind.fixed else None)
     ys = solve.states()
     report = solve.kernel.report
+    if report.status == MISMATCH:
+        forget(field)
+        raise NotFused("what was read of the field is not what it computes")
     if report.status != SUCCESS:
         raise NotFused("the solve failed, and the stepper says why", failed=True)
     lowered.count(report.evaluations - (lowered.dy is not None))
     solve.fill(stats)
     if isinstance(y0, tuple):
-        return kind.packing.unpack(ys)
+        return tuple(part.contiguous() for part in kind.packing.unpack(ys))
     return ys if y0.dim() == 2 else ys.reshape(len(ys), *y0.shape)
 
 
@@ -183,6 +189,8 @@ def _unfit(y0: State, ts: torch.Tensor, by_sample: bool) -> str:
         return why_not()
     if any(part.numel() == 0 for part in parts):
         return "the state is empty"
+    if len(parts) > _MOST_PARTS:
+        return f"the state has more than {_MOST_PARTS} parts"
     if torch.is_grad_enabled() and any(part.is_inference() for part in parts):
         return _INFERENCE
     if by_sample and (isinstance(y0, tuple) or y0.dim() != 2):
@@ -205,19 +213,21 @@ class _Solve:
             raise NotFused("it takes more steps than max_steps", failed=True)
         if method.tableau.dense_c and kind.outputs > 2 and not lands:
             raise NotFused(f"{method.tableau.name!r} needs further stages between its steps")
-        self.inputs = [rows, ts, *lowered.tensors]
+        # the caller may go on with the times in place: only their values are needed, where they want no gradient
+        times = ts if ts.requires_grad else ts.clone()
+        self.inputs = [rows, times, *lowered.tensors]
         moving = tuple(map(_requires_grad, self.inputs))
         self.records = torch.is_grad_enabled() and any(moving)
         if self.records and any(map(torch.Tensor.is_inference, self.inputs)):
             raise NotFused(_INFERENCE)
         self.task = Task(
             kind.job(lowered.program, lands, moving if self.records else ()), lowered.tensors,
-            rows.detach().contiguous(), ts.detach().double().contiguous(), grid,
+            rows.detach().contiguous(), times.detach().double().contiguous(), grid,
             None if lowered.dy is None else self._as_rows(lowered.dy, width).detach().contiguous(),
         )  # fmt: skip
 
-    def _as_rows(self, state: State, width: int) -> torch.Tensor:
-        packed = self.kind.packing.pack(state)
+    def _as_rows(self, state: Any, width: int) -> torch.Tensor:
+        packed = self.kind.packing.pack(tuple(state) if isinstance(state, list) else state)
         return packed if packed.dim() == 2 else packed.reshape(-1, width)
 
     def states(self) -> torch.Tensor:

@@ -47,17 +47,28 @@ _GUESS = 64
 """States that a graph is taken to hold where it cannot be measured."""
 
 
+def _unchanged(saved: tuple[torch.Tensor, int]) -> torch.Tensor:
+    """What autograd checks by itself where no hook stands between."""
+    x, version = saved
+    if x._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
+            f"of shape {tuple(x.shape)} that the field used."
+        )
+    return x
+
+
 def _bytes_kept_by(evaluation: Callable[[], torch.Tensor], state: int) -> int:
     """Bytes that the graph of an evaluation keeps alive, parameters and inputs not counted; the state has `state`."""
     sizes: dict[int, int] = {}
 
-    def pack(x: torch.Tensor) -> torch.Tensor:
+    def pack(x: torch.Tensor) -> tuple[torch.Tensor, int]:
         if not x.is_leaf:
             sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+        return x, x._version
 
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unchanged):
             evaluation()
     except RuntimeError as error:
         if "saved tensor hooks" not in str(error):

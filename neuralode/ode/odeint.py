@@ -6,6 +6,7 @@ What our stepper knows goes there. Anything else goes to torchdiffeq itself: its
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import torchdiffeq
 
-from neuralode.errors import UsageError
+from neuralode.errors import FieldError, UsageError
 from neuralode.ode.clock import host_values
 from neuralode.ode.eager import eager
 from neuralode.ode.fastest import run_fastest
@@ -48,9 +49,10 @@ def odeint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, atol: Any =
     """
     check_method(method or "dopri5")
     config = None if event_fn is not None else _served(func, y0, t, rtol, atol, method, options, "exact")
-    if config is None:
-        return torchdiffeq.odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn)
-    return _states(func, y0, t, config)
+    if config is not None:
+        with contextlib.suppress(FieldError):  # torchdiffeq takes some, and refuses the others in its own words
+            return _states(func, y0, t, config)
+    return torchdiffeq.odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn)
 
 
 def odeint_adjoint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, atol: Any = 1e-9,
@@ -64,19 +66,23 @@ def odeint_adjoint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, ato
     """
     check_method(method or "dopri5")
     own = set(adjoint_options or {}) - {"norm"} or (adjoint_options or {}).get("norm", "seminorm") != "seminorm"
+    # options for the adjoint stand in the place of the forward ones, and so of their step size
+    own = own or (adjoint_options is not None and takes_fixed_steps(method or "dopri5"))
     foreign = event_fn is not None or adjoint_params is not None or adjoint_method not in (None, method) or own
-    tolerances = [x for x in (adjoint_rtol, adjoint_atol) if x is not None]
-    known = isinstance(func, torch.nn.Module) and not foreign and all(isinstance(x, float) for x in tolerances)
+    foreign = foreign or any(hasattr(func, f"{callback}_adjoint") for callback in _CALLBACKS)
+    tolerances = all(x is None or (isinstance(x, float) and x > 0) for x in (adjoint_rtol, adjoint_atol))
+    known = isinstance(func, torch.nn.Module) and tolerances and not foreign
     config = _served(func, y0, t, rtol, atol, method, options, "adjoint") if known else None
-    if config is None:
-        return torchdiffeq.odeint_adjoint(
-            func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn,
-            adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol, adjoint_method=adjoint_method,
-            adjoint_options=adjoint_options, adjoint_params=adjoint_params,
-        )  # fmt: skip
-    config.adjoint_rtol, config.adjoint_atol = adjoint_rtol, adjoint_atol
-    config.adjoint_seminorm = bool(adjoint_options)
-    return _states(func, y0, t, config)
+    if config is not None:
+        config.adjoint_rtol, config.adjoint_atol = adjoint_rtol, adjoint_atol
+        config.adjoint_seminorm = bool(adjoint_options)
+        with contextlib.suppress(FieldError):
+            return _states(func, y0, t, config)
+    return torchdiffeq.odeint_adjoint(
+        func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn,
+        adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol, adjoint_method=adjoint_method,
+        adjoint_options=adjoint_options, adjoint_params=adjoint_params,
+    )  # fmt: skip
 
 
 def odeint_event(func: Any, y0: Any, t0: torch.Tensor, *, event_fn: Any, **kwargs: Any) -> Any:
@@ -100,7 +106,7 @@ def odeint_dense(func: Any, y0: Any, t0: Any, t1: Any, *, rtol: float = 1e-7, at
     check_method(method or "dopri5")
     like = tensors(y0)[0]
     t = torch.stack([torch.as_tensor(x, dtype=like.dtype.to_real(), device=like.device) for x in (t0, t1)])
-    config = _served(func, y0, t, rtol, atol, method, options, "exact")
+    config = _served(func, y0, t, rtol, atol, method or "dopri5", options, "exact")
     if config is None:
         raise UsageError(
             f"odeint_dense cannot serve method={method!r} with options={options}; it takes {', '.join(METHODS)} over "
@@ -126,7 +132,9 @@ def _served(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None
         return None
     if not all(isinstance(x, float | int) and x > 0 for x in (rtol, atol)) or (options and method is None):
         return None
-    if "grid_constructor" in options:
+    if "grid_constructor" in options or any(_is_odd(options, name) for name in ("step_size", "first_step")):
+        return None
+    if "max_num_steps" in options and not (isinstance(options["max_num_steps"], int) and options["max_num_steps"] > 0):
         return None
     if name in METHODS and takes_fixed_steps(name):
         if options.get("step_size") is None:
@@ -141,6 +149,14 @@ def _served(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None
     except (UsageError, TypeError, ValueError):
         return None
     return None if unable(config) else config
+
+
+def _is_odd(options: dict[str, Any], name: str) -> bool:
+    """Whether an option is a step size that is not positive, or one that wants a gradient."""
+    value = options.get(name)
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        return True
+    return value is not None and not float(value) > 0
 
 
 def _the_times(func: Any, y0: Any, t: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from neuralode.errors import UsageError
+from neuralode.errors import FieldError
 from neuralode.ode.solution import State
 
 
@@ -58,16 +58,21 @@ class Packing:
         """Raises UsageError if dy is not of the shape of the state."""
         parts: Sequence[Any] | None = dy if isinstance(dy, tuple | list) else (dy,)
         if isinstance(dy, tuple | list) != self.tuple or not all(isinstance(p, torch.Tensor) for p in parts or ()):
-            raise UsageError(f"the field returned a {type(dy)} for a state of {_shapes(self.shapes)}; {_RULE}")
+            raise FieldError(f"the field returned a {type(dy)} for a state of {_shapes(self.shapes)}; {_RULE}")
         given = [part.shape for part in parts or ()]
         if given != self.shapes:
-            raise UsageError(f"the field returned {_shapes(given)} for a state of {_shapes(self.shapes)}; {_RULE}")
+            raise FieldError(f"the field returned {_shapes(given)} for a state of {_shapes(self.shapes)}; {_RULE}")
 
 
 def has_samples(y0: State) -> bool:
     """Whether all parts of a state have the same number of entries along dimension 0, the samples."""
     parts = y0 if isinstance(y0, tuple) else (y0,)
     return all(part.dim() > 0 and len(part) == len(parts[0]) for part in parts)
+
+
+def alike(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """dy in the precision of y, which the solve keeps."""
+    return dy if dy.dtype == y.dtype else dy.to(y.dtype)
 
 
 def lasting(dy: torch.Tensor) -> torch.Tensor:

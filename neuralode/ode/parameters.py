@@ -11,8 +11,8 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from neuralode.errors import UsageError
-from neuralode.ode.packing import Packing, lasting
+from neuralode.errors import FieldError, UsageError
+from neuralode.ode.packing import Packing, alike, lasting
 
 
 class HeldField:
@@ -54,7 +54,7 @@ class HeldField:
             dy = functional_call(self.module, self.captured, (t, state, *self.args))
         else:
             dy = self.field(t, state, *self.args)
-        return lasting(self.packing.pack(dy))
+        return lasting(alike(self.packing.pack(dy), y))
 
     def begin_backward(self) -> None:
         """Says that a backward pass begins: the module may hold other tensors by now."""
@@ -121,7 +121,7 @@ def leaves_of(results: Sequence[torch.Tensor], known: Sequence[torch.Tensor], ma
         if hasattr(node, "variable"):
             leaves += [node.variable] if id(node.variable) not in names else []
         elif node._sequence_nr() < mark:
-            raise UsageError(
+            raise FieldError(
                 "the field uses a tensor that was computed outside it from others that require a gradient, and "
                 "recomputing the field could not reach those; hand the tensor over through args=(...), or give "
                 "checkpoint='never'."

@@ -52,6 +52,8 @@ def unable(config: SolverConfig, by_sample: bool = False, outputs: int = 2, even
         return "the adjoint does not pass through events; use gradient='exact'"
     if events and config.checkpoint not in ("auto", "never"):
         return "a solve with events keeps its graphs; leave checkpoint at 'auto'"
+    if events and config.estimates:
+        return "a solve with events sums up no estimates"
     if config.estimates and not METHODS[config.method].adaptive:
         return f"{config.method!r} makes no estimate of its error"
     if config.estimates and config.gradient == "adjoint":
@@ -159,12 +161,17 @@ def fixed_grid(config: SolverConfig, field: Field, y0: State, ts: torch.Tensor) 
         return grid
     if step is None:
         return times
-    return even_grid(times, float(step))
+    return even_grid(times, float(step), torch.finfo(ts.dtype).eps)
 
 
 @functools.lru_cache(maxsize=64)
-def even_grid(times: tuple[float, ...], step: float) -> tuple[float, ...]:
-    """From the first to the last time in equal steps, the last of them cut to fit."""
+def even_grid(times: tuple[float, ...], step: float, precision: float = 0.0) -> tuple[float, ...]:
+    """From the first to the last time in equal steps, the last of them cut to fit.
+
+    Args:
+        precision: relative, of the times: what it leaves open is no reason for a further step.
+    """
     span = times[-1] - times[0]
-    count = max(1, math.ceil(abs(span) / step - 1e-9))
+    ratio = abs(span) / step
+    count = max(1, math.ceil(ratio - max(1e-9, min(0.1, 2 * precision * ratio))))
     return (*(times[0] + math.copysign(i * step, span) for i in range(count)), times[-1])

@@ -102,6 +102,11 @@ def solve_configured(
 ) -> Solution:
     """`solve` for a caller that holds a SolverConfig; same states, statistics and errors."""
     _check_arguments(y0, args)
+    if torch.is_inference_mode_enabled() and (events is not None or config.method == "esdirk4"):
+        with torch.inference_mode(False), torch.no_grad():  # they differentiate on their way
+            y0 = tuple(part.clone() for part in y0) if isinstance(y0, tuple) else y0.clone()
+            t, args = (_ordinary(t), tuple(map(_ordinary, args)))
+            return solve_configured(field, y0, t, config, args=args, throw=throw, dense=dense, events=events)
     first = tensors(y0)[0]
     ts = _times(t, first)
     engine, reason = choose_engine(config, dense, config.per_sample or ts.dim() == 2, ts.shape[-1], events is not None)
@@ -165,6 +170,10 @@ def _check_arguments(y0: State, args: Sequence[Any]) -> None:
         raise UsageError(f"y0 is a {type(y0).__name__}; give the initial state as a tensor or a tuple of tensors.")
     if not isinstance(args, tuple | list):
         raise UsageError(f"args is a {type(args).__name__}; give the field's further arguments as a tuple, args=(a,).")
+
+
+def _ordinary(x: Any) -> Any:
+    return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
 
 
 def _times(t: torch.Tensor | Sequence[float], like: torch.Tensor) -> torch.Tensor:

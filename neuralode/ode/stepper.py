@@ -16,7 +16,7 @@ from neuralode.ode.clock import Accepted, Clock
 from neuralode.ode.controllers import Controller, StepSize
 from neuralode.ode.dense import DenseOutput, DensePiece
 from neuralode.ode.explicit import Method, RungeKutta, Step, moment, row_norm
-from neuralode.ode.packing import Packing, lasting, writes
+from neuralode.ode.packing import Packing, alike, lasting, writes
 from neuralode.ode.solution import Stats, Status
 from neuralode.ode.tolerance import Tolerance, all_finite, in_transform
 
@@ -95,7 +95,7 @@ class CountedField:
         if not isinstance(dy, torch.Tensor) or dy.shape != y.shape:
             self.refuse(dy, y)
         self.graphs += dy.requires_grad
-        return lasting(dy)
+        return lasting(alike(dy, y))
 
 
 class Integration:

@@ -14,7 +14,7 @@ from neuralode.ode.clock import host_values
 from neuralode.ode.diagnosis import diagnosis, jacobian_norm
 from neuralode.ode.events import Event, EventWatch
 from neuralode.ode.memory import MemoryBudget
-from neuralode.ode.observed_field import Field
+from neuralode.ode.observed_field import Field, tensors
 from neuralode.ode.packing import Packing, has_samples
 from neuralode.ode.parameters import HeldField
 from neuralode.ode.recompute import solve_recomputing
@@ -44,6 +44,7 @@ def run(
     Raises SolveError with a diagnosis where the solve cannot go on or, if `strict`, the result is not finite.
     """
     by_sample = config.per_sample or ts.dim() == 2
+    ts = ts.to(torch.promote_types(ts.dtype, tensors(y0)[0].dtype.to_real()))
     packing = Packing(y0, rows=by_sample or (events is not None and has_samples(y0)))
     y = packing.pack(y0)
     counted = CountedField(packing.field(field), args, lambda dy, _: packing.check(dy))
@@ -62,7 +63,7 @@ def run(
     finally:
         stats.nfe = counted.nfe
     return Outcome(
-        packing.unpack(_counting_products(ys, loop, stats)),
+        packing.unpack(_counting_products(ys.contiguous(), loop, stats)),
         loop.dense_output(packing) if keep_dense else None,
         None if watch is None else watch.found,
     )

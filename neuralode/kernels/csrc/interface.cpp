@@ -38,8 +38,8 @@ EXPORT int neuralode_forward(Solver* solver, double seconds) {
 }
 
 EXPORT int neuralode_backward(Solver* solver, const void* ys, void* y0, void* const* tensors, double* times,
-                              double seconds) {
-    return guarded([=] { return solver->backward(ys, y0, tensors, times, seconds); });
+                              double seconds, int begins, int threads) {
+    return guarded([=] { return solver->backward(ys, y0, tensors, times, seconds, begins, threads); });
 }
 
 EXPORT void neuralode_read(const Solver* solver, Report* report, double* sizes, int64_t* accepted, int64_t* tried) {

@@ -53,8 +53,9 @@ class Solver {
     virtual ~Solver() = default;
     // Both go on for about `seconds` and return whether there is more to do, so that the caller may look at its signals.
     virtual bool forward(double seconds) = 0;
+    // A backward pass that begins forgets one that was broken off.
     virtual bool backward(const void* grad_ys, void* grad_y0, void* const* grad_tensors, double* grad_times,
-                          double seconds) = 0;
+                          double seconds, bool begins, int threads) = 0;
 
     Report report{};
     std::vector<double> sizes;  // of the accepted steps, where samples share them

@@ -240,6 +240,7 @@ inline void reverse_unary(const Operation& op, const double* c, const Vec* x, co
         case SCALE: return chain([=](Vec, Vec) { return Vec{} + c0; });
         case SHIFT: return chain([](Vec, Vec) { return Vec{} + T(1); });
         case SOFTPLUS: return chain([=](Vec x, Vec) { return softplus_slope(x, c0, c1); });
+        case ELU: return chain([=](Vec x, Vec out) { return select(x > 0, Vec{} + T(1), out + c0); });
         default: return chain([&](Vec, Vec out) { return activation_slope(op.kind, out, c); });
     }
 }

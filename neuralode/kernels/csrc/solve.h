@@ -82,8 +82,8 @@ class Solve : public Solver {
   public:
     explicit Solve(const Problem& problem);
     bool forward(double seconds) override;
-    bool backward(const void* grad_ys, void* grad_y0, void* const* grad_tensors, double* grad_times,
-                  double seconds) override;
+    bool backward(const void* grad_ys, void* grad_y0, void* const* grad_tensors, double* grad_times, double seconds,
+                  bool begins, int most_threads) override;
 
   private:
     Problem p;
@@ -221,12 +221,16 @@ inline bool Solve::forward(double seconds) {
 }
 
 inline bool Solve::backward(const void* grad_ys, void* grad_y0, void* const* grad_tensors, double* grad_times,
-                            double seconds) {
+                            double seconds, bool begins, int most_threads) {
     deadline = now() + seconds;
-    if (!paused && p.times_move && p.times_per_sample) time_rows.assign(p.rows * p.times, 0.0);
+    if (begins) {
+        for (auto& w : workers) w->next_back = -1;
+        for (Tile& tile : state) tile.products = 0;
+    }
+    if (begins && p.times_move && p.times_per_sample) time_rows.assign(p.rows * p.times, 0.0);
     paused = stop = false;
     cotangents = (const T*)grad_ys, to_y0 = (T*)grad_y0;
-    team.run(p.runtime, threads, [this](int index) { backward_tiles(index); });
+    team.run(p.runtime, std::min(threads, most_threads), [this](int index) { backward_tiles(index); });
     if (!paused) collect(grad_tensors, grad_times);
     return paused;
 }

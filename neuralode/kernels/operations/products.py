@@ -39,7 +39,7 @@ def _layer(writer: Writer, out: torch.Tensor, x: torch.Tensor, row: Row, weight:
     shape = tuple(weight.shape[::-1] if transposed else weight.shape)
     tensors = [writer.tensor(weight, shape, transposed)]
     if bias is not None:
-        if bias.numel() != shape[0]:
+        if bias.numel() != shape[0] or bias.shape[-1:] != shape[:1]:
             raise NotLowered(f"a bias of shape {tuple(bias.shape)} is not one a feature")
         tensors.append(writer.tensor(bias, shape[:1]))
     register = writer.emit("linear", writer.register(row), width=shape[0], tensors=tuple(tensors))

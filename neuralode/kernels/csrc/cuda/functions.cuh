@@ -29,7 +29,7 @@ template <int KIND> DEVICE T apply(T x, T c, T e) {
     return x;
 }
 
-// The derivative at x, where the function's value is y.
+// The derivative at x, where the function's value is y; where it is fused with a product, x is y too, which has its sign.
 template <int KIND> DEVICE T slope(T x, T y, T c, T e) {
     const T one = 1;
     if constexpr (KIND == TANH) return one - y * y;
@@ -39,8 +39,8 @@ template <int KIND> DEVICE T slope(T x, T y, T c, T e) {
         const T s = one / (one + exp(-x));
         return s * (one + x * (one - s));
     }
-    if constexpr (KIND == SOFTPLUS) return y * c > e ? one : one - exp(-y * c);
-    if constexpr (KIND == ELU) return y > 0 ? one : y + c;
+    if constexpr (KIND == SOFTPLUS) return x * c > e ? one : one - exp(-y * c);
+    if constexpr (KIND == ELU) return x > 0 ? one : y + c;
     if constexpr (KIND == LEAKY_RELU) return x > 0 ? one : c;
     if constexpr (KIND == GELU)
         return T(0.5) * (one + erf(x * T(0.70710678118654752440))) + x * T(0.39894228040143267794) * exp(-x * x / 2);

@@ -197,7 +197,7 @@ template <int N> DEVICE void constant(T value, T* out) {
 template <int IN, int OUT, int KIND, int HOW>
 DEVICE void reverse_linear(const T* w, const T* x, const T* out, T* g, T* to_x, T* to_w, T* to_bias, T c, T e) {
     if constexpr (KIND >= 0) {
-        EACH(d, OUT) g[AT(d)] *= slope<KIND>(T(0), out[AT(d)], c, e);
+        EACH(d, OUT) g[AT(d)] *= slope<KIND>(out[AT(d)], out[AT(d)], c, e);
         meet_rows();
     }
     if (to_bias) add_rows<OUT>(g, to_bias);
