@@ -77,7 +77,7 @@ def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config
     """Solves from ts[0] through all of ts, [T] or [B, T]; the states [T, *shape].
 
     Raises:
-        NotFused: where the kernels cannot serve; nothing has been done then but one evaluation of the field.
+        NotFused: where the kernels cannot serve; nothing has been done then but evaluations of the field.
     """
     if watched():
         raise NotFused("inside a transform, or where operations are recorded, the stepper serves")

@@ -279,13 +279,14 @@ class RowIntegration:
         if outputs == 2:
             return torch.stack([y0, final])
         if self.rows.shared:
-            return torch.stack([y0, *pieces, final])
-        where = torch.cat([index for record in self.accepted for index in record.inner])
-        samples = torch.arange(self.rows.count, device=where.device).repeat(len(where) // self.rows.count)
-        read = where > 0
+            return torch.stack([y0, *pieces, *[final] * (outputs - 1 - len(pieces))])
         inner = y0.new_zeros((outputs - 2) * self.rows.count, *y0.shape[1:])
-        place = (where[read] - 1) * self.rows.count + samples[read]
-        inner = inner.index_put((place,), torch.cat(pieces)[read])
+        if pieces:  # none, if events ended all samples before
+            where = torch.cat([index for record in self.accepted for index in record.inner])
+            samples = torch.arange(self.rows.count, device=where.device).repeat(len(where) // self.rows.count)
+            read = where > 0
+            place = (where[read] - 1) * self.rows.count + samples[read]
+            inner = inner.index_put((place,), torch.cat(pieces)[read])
         return torch.cat([y0[None], inner.view(outputs - 2, *y0.shape), final[None]])
 
 

@@ -43,7 +43,7 @@ def run(
 
     Raises SolveError with a diagnosis where the solve cannot go on or, if `strict`, the result is not finite.
     """
-    by_sample = config.per_sample or ts.dim() == 2
+    by_sample = ts.dim() == 2 or (config.per_sample and tensors(y0)[0].numel() > 0)
     ts = ts.to(torch.promote_types(ts.dtype, tensors(y0)[0].dtype.to_real()))
     packing = Packing(y0, rows=by_sample or (events is not None and has_samples(y0)))
     y = packing.pack(y0)

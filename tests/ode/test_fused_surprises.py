@@ -271,6 +271,13 @@ def test_events_that_jump_and_events_in_inference_mode() -> None:
     assert stiff.stats.accepted < 100
 
 
+def test_events_before_every_inner_time_and_no_samples_at_all() -> None:
+    y0 = torch.tensor([[-0.5], [-0.4]])
+    found = solve(lambda t, y: torch.ones_like(y), y0, [0.0, 2.0, 3.0], events=lambda t, y: y[:, 0], per_sample=True)
+    torch.testing.assert_close(found.ys[1:], torch.zeros(2, 2, 1), rtol=0, atol=1e-5)
+    assert solve(lambda t, y: -y, torch.zeros(0, 2), [0.0, 1.0], per_sample=True).ys.shape == (2, 0, 2)
+
+
 def test_equal_steps_in_single_precision() -> None:
     for end in (0.3, 0.6, 1.2):
         found = solve(lambda t, y: -y, torch.ones(2, 1), [0.0, end], method="rk4", step_size=0.1)
