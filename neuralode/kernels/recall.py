@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from neuralode.kernels.places import Counter
 from neuralode.kernels.program import Program
 from neuralode.kernels.values import Made, Writer
-from neuralode.kernels.watch import HOOKS, Counter, Watch, hooks_everywhere
+from neuralode.kernels.watch import HOOKS, Watch, hooks_everywhere
 
 _USES = 256
 """Solves after which a program is written anew."""
