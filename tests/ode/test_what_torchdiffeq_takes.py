@@ -1,0 +1,93 @@
+"""What torchdiffeq takes besides what its documentation shows: slopes that it broadcasts or casts, times that go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torchdiffeq
+from torch import nn
+
+import neuralode
+
+BOTH = (torchdiffeq, neuralode)
+T01 = torch.tensor([0.0, 1.0])
+TWO = (torch.ones(3, 2, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("field", "y0", "how"),
+    [
+        (lambda t, y: torch.cos(t), torch.zeros(1), {}),
+        (lambda t, s: (-s[0], s[0].sum(1)), TWO, {}),
+        (lambda t, y: -y[:, :1], torch.ones(2, 2), {"method": "rk4"}),
+        (lambda t, s: torch.stack([s[1], -s[0]]), (torch.ones(2), torch.ones(2)), {}),
+        (lambda t, s: (-x for x in s), (torch.ones(2), torch.ones(2)), {}),
+        (lambda t, s: [-x for x in s], (torch.ones(2), torch.ones(2)), {}),
+        (lambda t, y: -y * torch.ones(2, dtype=torch.float64), torch.ones(2), {}),
+        (lambda t, y: torch.tensor([1, 0]), torch.ones(2), {"method": "rk4"}),
+    ],
+    ids=["number", "row for a column", "broadcast", "tensor for a tuple", "generator", "list", "precision", "integers"],
+)
+def test_what_it_broadcasts_and_casts(field: Any, y0: Any, how: dict[str, Any]) -> None:
+    for _ in range(2):
+        ours, theirs = (package.odeint(field, y0, T01, **how) for package in BOTH)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_module_that_holds_a_tensor_with_a_history() -> None:
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.code = nn.Linear(4, 2), torch.zeros(2)
+
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.layer(torch.cat([y, self.code.expand(len(y), 2)], -1)))
+
+    torch.manual_seed(0)
+    field, encoder = Conditioned(), nn.Linear(3, 2)
+    found = []
+    for package in BOTH:
+        field.code = encoder(torch.ones(3))
+        ys = package.odeint_adjoint(field, torch.ones(2, 2), T01, rtol=1e-5, atol=1e-6)
+        found.append(torch.autograd.grad(ys.sum(), list(field.parameters())))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_callbacks_of_the_adjoint_alone() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.steps = nn.Linear(2, 2), 0
+
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.layer(y))
+
+        def callback_step_adjoint(self, *_: Any) -> None:
+            self.steps += 1
+
+    field = Counting()
+    ys = neuralode.odeint_adjoint(field, torch.ones(2, 2), T01, method="rk4", options={"step_size": 0.1})
+    ys.sum().backward()
+    assert field.steps > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_times_that_go_on_in_place(dtype: torch.dtype) -> None:
+    layer = nn.Linear(2, 2).to(dtype)
+    found = []
+    for package in BOTH:
+        times, y = torch.tensor([0.0, 0.1], dtype=dtype), torch.ones(2, 2, dtype=dtype)
+        for _ in range(3):
+            y = package.odeint(lambda t, y: torch.tanh(layer(y)) * (1 + t), y, times, rtol=1e-6, atol=1e-8)[-1]
+            times += 0.1
+        found.append(torch.autograd.grad(y.sum(), list(layer.parameters())))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_lie_in_memory_of_their_own() -> None:
+    parts = neuralode.odeint(lambda t, s: (-s[0], s[0].sum(1, keepdim=True)), TWO, T01)
+    assert all(part[-1].view(-1).shape == (part[0].numel(),) for part in parts)
+    conv, y0 = nn.Conv2d(3, 3, 3, padding=1), torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    assert neuralode.odeint(lambda t, y: torch.tanh(conv(y)), y0, T01)[-1].view(2, -1).shape == (2, 48)
