@@ -63,8 +63,8 @@ class NeuralodeArm(TorchArm):
 
     def peak(self) -> int:
         """With what the kernels of the CPU keep in memory of their own."""
-        own = self.stats.kept_bytes if self.work.device == "cpu" else 0
-        return super().peak() + (own or 0)
+        held = super().peak()
+        return held + ((self.stats.kept_bytes or 0) if self.work.device == "cpu" else 0)
 
 
 def neuralode_arm(work: Workload, **settings: Any) -> Arm:
