@@ -77,16 +77,8 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
-        if not torch.is_grad_enabled():
-            return _Adjoint.gradients(ctx, *cotangents)
-        with torch.no_grad():
-            found = _Adjoint.gradients(ctx, *(x.detach() for x in cotangents))
-        wanted = [x.requires_grad_() for x in found if x is not None]
-        refusing = iter(_NoSecond.apply(*wanted) if len(wanted) > 1 else [_NoSecond.apply(*wanted)] if wanted else [])
-        return tuple(None if x is None else next(refusing) for x in found)
-
-    @staticmethod
-    def gradients(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():  # a second gradient would lose what passes here, without a word
+            raise UsageError("gradient='adjoint' has no second derivatives; use gradient='exact'.")
         ts, ys = ctx.saved_tensors[:2]
         inputs = ctx.inputs
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[6:], strict=True) if needed]
@@ -106,19 +98,6 @@ class _Adjoint(torch.autograd.Function):
         found = iter(equation.unflatten(parameters))
         rest = [next(found) if needed else None for needed in ctx.needs_input_grad[6:]]
         return (None, None, None, None, gradient, slopes if ctx.needs_input_grad[5] else None, *rest)
-
-
-class _NoSecond(torch.autograd.Function):
-    """Gradients whose own gradient is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        found = tuple(x.clone() for x in gradients)
-        return found if len(found) > 1 else found[0]
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
-        raise UsageError("gradient='adjoint' has no second derivatives; use gradient='exact'.")
 
 
 def _back(adjoint: AdjointSettings, equation: _Equation, ts: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor,
