@@ -136,15 +136,16 @@ class Watch:
             return
         self._seen.add(id(thing))
         if isinstance(thing, nn.Module):
+            plain = []
             for module in thing.modules():
                 if module is thing or id(module) not in self._seen:
                     self._seen.add(id(module))
                     self.modules.append(module)
-                    if not type(module).__module__.startswith("torch.nn.modules"):
+                    if type(module).__module__.startswith("torch.nn.modules"):
+                        plain.append(module)
+                    else:
                         self._enter_object(module, depth)
-            plain = [m for m in thing.modules() if type(m).__module__.startswith("torch.nn.modules")]
-            if plain := [m for m in plain if ("plain", id(m)) not in self._seen]:
-                self._seen.update(("plain", id(m)) for m in plain)
+            if plain:
                 self._look_at(PlainModules(plain), depth)
         elif isinstance(thing, types.MethodType):
             self._enter(thing.__self__, depth)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from neuralode.kernels import stages as kernels
+from neuralode.ode.interpolants import advance, increment
 from neuralode.ode.tolerance import Tolerance, is_batch, rms, watched
 
 Row = Sequence[tuple[int, float]]
@@ -25,10 +26,7 @@ def end(y: torch.Tensor, slopes: Sequence[torch.Tensor], row: Row, h: Any) -> to
     """y + h Σᵢ bᵢkᵢ, the increments summed before y comes in: one rounding at the size of y a step."""
     if _in_one(y, row, h):
         return _one(y, slopes, row, h)
-    (first, scale), *rest = row
-    slope = slopes[first]
-    for i, weight in rest:
-        slope = torch.add(slope, slopes[i], alpha=weight / scale)
+    slope, scale = _slope(slopes, row)
     if isinstance(h, torch.Tensor):
         return torch.addcmul(y, slope, h.to(y.dtype), value=scale)
     return torch.add(y, slope, alpha=scale * h)
@@ -47,10 +45,7 @@ def stage(y: torch.Tensor, slopes: Sequence[torch.Tensor], row: Row, h: Any) -> 
 
 def error(slopes: Sequence[torch.Tensor], row: Row, h: Any) -> torch.Tensor:
     """h Σᵢ eᵢkᵢ."""
-    (first, scale), *rest = row
-    slope = slopes[first]
-    for i, weight in rest:
-        slope = torch.add(slope, slopes[i], alpha=weight / scale)
+    slope, scale = _slope(slopes, row)
     return slope * (scale * h)
 
 
@@ -65,6 +60,15 @@ def error_ratio(slopes: Sequence[torch.Tensor], row: Row, h: Any, y0: torch.Tens
     return tolerance.ratio(error(slopes, row, h), y0, y1)
 
 
+def _slope(slopes: Sequence[torch.Tensor], row: Row) -> tuple[torch.Tensor, float]:
+    """Σᵢ wᵢkᵢ, divided by the first of the weights, and that weight: one operation less."""
+    (first, scale), *rest = row
+    slope = slopes[first]
+    for i, weight in rest:
+        slope = torch.add(slope, slopes[i], alpha=weight / scale)
+    return slope, scale
+
+
 def _in_one(y: torch.Tensor, row: Row, h: Any) -> bool:
     return len(row) > 1 and y.numel() >= _LARGE and isinstance(h, float)
 
@@ -72,17 +76,10 @@ def _in_one(y: torch.Tensor, row: Row, h: Any) -> bool:
 def _one(y: torch.Tensor, slopes: Sequence[torch.Tensor], row: Row, h: float) -> torch.Tensor:
     used, weights = [slopes[i] for i, _ in row], [h * weight for _, weight in row]
     if watched() or not kernels.serves(y, used):
-        return _plain(y, used, weights)
+        return advance(y, 1.0, increment(used, weights))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (y, *used)):
         return _Combination.apply(weights, y, *used)
     return kernels.take_stage(y, used, weights)
-
-
-def _plain(y: torch.Tensor, slopes: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    total = slopes[0] * weights[0]
-    for slope, weight in zip(slopes[1:], weights[1:], strict=True):
-        total = torch.add(total, slope, alpha=weight)
-    return y + total
 
 
 class _Combination(torch.autograd.Function):
