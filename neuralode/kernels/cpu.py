@@ -18,6 +18,7 @@ from neuralode.kernels.task import BETWEEN, Int, Job, Limits, Long, MethodData, 
 
 _PATIENCE = 0.2
 """Seconds between two looks at whether to stop (Ctrl-C)."""
+_passes = itertools.count(1)
 
 
 class _Method(ctypes.Structure):
@@ -140,25 +141,25 @@ class CPUSolve(ctypes.Structure):
 
     def forward(self) -> Report:
         """Solves; the states are in `ys`, [T, B, D]."""
-        self._run(lambda: self.functions.neuralode_forward(self.handle, _PATIENCE))
-        return self._read()
+        forward, report = self.functions.neuralode_forward, ctypes.addressof(self.report)
+        self._run(lambda: forward(self.handle, _PATIENCE, report))
+        return self.report
 
     def backward(self, grad_ys: torch.Tensor, wants_y0: bool) -> tuple[torch.Tensor | None, list[torch.Tensor | None],
                                                                       torch.Tensor | None]:  # fmt: skip
         """The gradients of the state [B, D], of the tensors, and of the times in double precision."""
-        y0 = torch.empty_like(self.task.y0) if wants_y0 else None
-        wants = self.task.job.wants_gradient or itertools.repeat(False)
-        found = [_room(self.task.y0, shape) if w else None for shape, w in zip(self._shapes, wants, strict=False)]
-        times = torch.empty_like(self.task.ts) if self.task.job.times_move else None
+        like, job = self.task.y0, self.task.job
+        y0 = torch.empty_like(like) if wants_y0 else None
+        wants = job.wants_gradient or itertools.repeat(False)
+        found = [_room(like, shape) if w else None for shape, w in zip(self._shapes, wants, strict=False)]
+        times = torch.empty_like(self.task.ts) if job.times_move else None
         grad_ys = grad_ys.contiguous()
-        pointers, threads = _pointers(found), torch.get_num_threads()
-        begins = itertools.chain([True], itertools.repeat(False))
+        room = _pointers(found)
+        backward, products = self.functions.neuralode_backward, ctypes.addressof(self.report) + Report.products.offset
+        given = grad_ys.data_ptr(), _data(y0), ctypes.addressof(room), _data(times), _PATIENCE, next(_passes)
+        threads = torch.get_num_threads()
         with self._one_at_a_time:
-            self._run(lambda: self.functions.neuralode_backward(
-                self.handle, grad_ys.data_ptr(), _data(y0), ctypes.addressof(pointers), _data(times), _PATIENCE,
-                next(begins), threads
-            ))  # fmt: skip
-            self._read()
+            self._run(lambda: backward(self.handle, *given, threads, products))
         return y0, found, times
 
     def take_states(self) -> torch.Tensor:
@@ -169,16 +170,17 @@ class CPUSolve(ctypes.Structure):
 
     def sizes(self) -> list[float]:
         """Sizes of the accepted steps that the samples share."""
-        found = (ctypes.c_double * self.report.steps)()
-        self.functions.neuralode_read(self.handle, ctypes.addressof(self.report), ctypes.addressof(found), None, None)
+        steps, first = self.report.steps, self.report.sizes
+        if steps <= len(first):
+            return first[:steps]
+        found = (ctypes.c_double * steps)()
+        self.functions.neuralode_read(self.handle, ctypes.addressof(found), None, None)
         return list(found)
 
     def counts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Accepted and tried steps of each sample, [B]."""
         accepted, tried = (torch.zeros(len(self.task.y0), dtype=torch.long) for _ in range(2))
-        self.functions.neuralode_read(
-            self.handle, ctypes.addressof(self.report), None, accepted.data_ptr(), tried.data_ptr()
-        )
+        self.functions.neuralode_read(self.handle, None, accepted.data_ptr(), tried.data_ptr())
         return accepted, tried
 
     def _run(self, go_on: Callable[[], int]) -> None:
@@ -186,10 +188,6 @@ class CPUSolve(ctypes.Structure):
             pass
         if state < 0:
             raise MemoryError("the kernels could not get the memory that a solve needs.")
-
-    def _read(self) -> Report:
-        self.functions.neuralode_read(self.handle, ctypes.addressof(self.report), None, None, None)
-        return self.report
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
@@ -202,7 +200,7 @@ def _room(like: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def _pointers(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
-    return (Pointer * max(1, len(tensors)))(*map(_data, tensors))
+    return (Pointer * max(1, len(tensors)))(*[None if x is None else x.data_ptr() for x in tensors])
 
 
 def _data(x: torch.Tensor | None) -> int | None:

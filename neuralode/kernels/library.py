@@ -73,9 +73,9 @@ def load(path: Path) -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_double
     functions.neuralode_begin.restype = pointer
     functions.neuralode_begin.argtypes = [pointer, ctypes.c_int]
-    functions.neuralode_forward.argtypes = [pointer, number]
-    functions.neuralode_backward.argtypes = [*[pointer] * 5, number, ctypes.c_int, ctypes.c_int]
-    functions.neuralode_read.argtypes = [pointer, pointer, pointer, pointer, pointer]
+    functions.neuralode_forward.argtypes = [pointer, number, pointer]
+    functions.neuralode_backward.argtypes = [*[pointer] * 5, number, ctypes.c_int64, ctypes.c_int, pointer]
+    functions.neuralode_read.argtypes = [pointer, pointer, pointer, pointer]
     functions.neuralode_end.argtypes = [pointer]
     functions.neuralode_end.restype = None
     functions.neuralode_take_stage.argtypes = [ctypes.c_int, *[pointer] * 4]

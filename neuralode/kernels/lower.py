@@ -46,25 +46,35 @@ _FAR = 1_000_003
 """A count that no solve comes to: what a field does then, it may do at any."""
 
 
-def lower(field: Callable[..., Any], t: torch.Tensor | float, y: State, args: tuple[Any, ...]) -> Lowered:
+def recalled(field: Callable[..., Any], when: Any) -> Lowered | None:
+    """The program of a field without arguments, if it was lowered in these circumstances and has not changed since.
+
+    Raises:
+        NotLowered: where it was found then to be no program.
+    """
+    known = recall(field, when)
+    if known is None:
+        return None
+    if known.program is None:
+        raise NotLowered(known.refusal)
+    return Lowered(known.program, known.tensors(), None, known.count)
+
+
+def lower(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any, ...]) -> Lowered:
     """The program of a field, by an evaluation that is watched, unless the field has not changed since the last one.
 
     Args:
-        t: the time, a number or [], or [B, 1, ..., 1] where each sample has its own.
+        t: the time, [], or [B, 1, ..., 1] where each sample has its own.
         y: the state, [..., D], its leading dimensions being the rows; or a tuple of parts that share dimension 0.
 
     Raises:
         NotLowered: where the field is no program; it is left as if it had not been called.
     """
-    first = y[0] if isinstance(y, tuple) else y
-    if torch.is_autocast_enabled(first.device.type):
-        raise NotLowered("autocast is on")
     when = None if args else circumstances(t, y)
-    known = None if args else recall(field, when)
-    if known and known.refusal:
-        raise NotLowered(known.refusal)
-    if known and known.program:
-        return Lowered(known.program, known.tensors(), None, known.count)
+    if when is not None and (found := recalled(field, when)):
+        return found
+    if torch.is_autocast_enabled((y[0] if isinstance(y, tuple) else y).device.type):
+        raise NotLowered("autocast is on")
     if isinstance(field, torch.jit.ScriptFunction) or hasattr(field, "_torchdynamo_orig_callable"):
         raise NotLowered("it is compiled")
     try:
@@ -74,7 +84,6 @@ def lower(field: Callable[..., Any], t: torch.Tensor | float, y: State, args: tu
         raise NotLowered(f"it cannot be looked at ({type(error).__name__}: {error})") from error
     if reason:
         raise NotLowered(reason)
-    t = t if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=first.dtype, device=first.device)
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     writer = Writer(torch.is_grad_enabled())
     try:
@@ -94,7 +103,7 @@ def lower(field: Callable[..., Any], t: torch.Tensor | float, y: State, args: tu
     if when is not None:
         remember(field, when, watch, writer, lowered.program)
         if hooked and (known := recall(field, when)):  # the hooks see what they will see when the program is recalled
-            return Lowered(lowered.program, known.tensors(), lowered.dy, lowered.count)
+            lowered.tensors = known.tensors()
     return lowered
 
 

@@ -35,14 +35,21 @@ _remembered: collections.OrderedDict[int, dict[Any, Remembered]] = collections.O
 """By the identity of the field, the last one used at the end."""
 
 
-def circumstances(t: torch.Tensor | float, y: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
+def circumstances(t: torch.Tensor, y: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
     """What a program depends on besides the field."""
-    parts = y if isinstance(y, tuple) else (y,)
-    shapes = tuple((x.shape, x.dtype, x.device, x.is_contiguous()) for x in parts)
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+    return tuple(map(look, y)) if isinstance(y, tuple) else look(y), t.shape, t.dtype, modes()
+
+
+def look(x: torch.Tensor) -> Any:
+    """What a program depends on of a state."""
+    return x.shape, x.dtype, x.device, x.is_contiguous(), x.is_inference()
+
+
+def modes() -> Any:
+    """What it depends on of the thread that it runs in."""
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    time = (t.shape, t.dtype) if isinstance(t, torch.Tensor) else None
-    return isinstance(y, tuple), shapes, time, modes, hooked
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return grad, inference, torch.get_default_dtype(), torch._C._is_any_autocast_enabled(), hooked
 
 
 def remember(field: Callable[..., Any], when: Any, watch: Watch, writer: Writer, program: Program) -> None:

@@ -18,9 +18,9 @@ from neuralode.kernels.cuda.compiler import CompileError
 from neuralode.kernels.cuda.driver import GPU
 from neuralode.kernels.cuda.solve import CUDASolve
 from neuralode.kernels.library import library, why_not
-from neuralode.kernels.lower import Lowered, NotLowered, lower
+from neuralode.kernels.lower import Lowered, NotLowered, lower, recalled
 from neuralode.kernels.program import Program
-from neuralode.kernels.recall import forget
+from neuralode.kernels.recall import circumstances, forget, look, modes
 from neuralode.kernels.task import MISMATCH, SUCCESS, Job, LimitsData, MethodData, Task
 from neuralode.ode.clock import Clock, host_values
 from neuralode.ode.explicit import RungeKutta
@@ -85,7 +85,8 @@ def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config
     if kind.obstacle:
         raise NotFused(kind.obstacle)
     try:
-        lowered = lower(field, _column(ts, tensors(y0)[0]) if kind.by_sample else host_values(ts)[0], y0, args)
+        known = None if args else recalled(field, kind.when)
+        lowered = known or lower(field, _begin(y0, ts, kind.by_sample), y0, args)
     except NotLowered as why:
         raise NotFused(str(why)) from None
     solve = _Solve(kind, lowered, y0, ts, fixed_grid(config, field, y0, ts) if kind.fixed else None)
@@ -103,10 +104,11 @@ def run(field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config
     return ys if y0.dim() == 2 else ys.reshape(len(ys), *y0.shape)
 
 
-def _column(ts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The samples' first times, [B, 1], in the state's precision."""
-    check_rows(like, ts)
-    return ts.detach()[..., 0].to(like.dtype).expand(len(like)).reshape(-1, 1)
+def _begin(y0: State, ts: torch.Tensor, by_sample: bool) -> torch.Tensor:
+    """The first time in the state's precision: [], or [B, 1] where each sample has its own."""
+    like = tensors(y0)[0]
+    t = ts.detach()[..., 0].to(like.dtype)
+    return t.expand(len(like)).reshape(-1, 1) if by_sample else t
 
 
 class _Kind:
@@ -117,6 +119,9 @@ class _Kind:
         self.obstacle = unable(config, self.by_sample, ts.shape[-1]) or _unfit(y0, ts, self.by_sample)
         if self.obstacle:
             return
+        if self.by_sample:
+            check_rows(tensors(y0)[0], ts)
+        self.when = circumstances(_begin(y0, ts, self.by_sample), y0)
         self.packing = Packing(y0, rows=isinstance(y0, tuple))
         self.settings = settings_of(config, self.packing, None, keep_dense=False)
         method = self.settings.method
@@ -156,13 +161,13 @@ _settings = operator.attrgetter(
     "max_steps", "max_steps_between",
 )  # fmt: skip
 _requires_grad = operator.attrgetter("requires_grad")
+
 _kinds: dict[Any, _Kind] = {}
 
 
 def _kind_of(config: SolverConfig, y0: State, ts: torch.Tensor) -> _Kind:
-    parts = tuple((x.shape, x.dtype, x.device, x.is_inference()) for x in tensors(y0))
-    times = ts.shape, ts.requires_grad
-    key = _settings(config), *config.options.items(), isinstance(y0, tuple), parts, times, torch.is_grad_enabled()
+    parts = tuple(map(look, y0)) if isinstance(y0, tuple) else look(y0)
+    key = _settings(config), *config.options.items(), parts, ts.shape, ts.requires_grad, modes()
     try:
         found = _kinds.get(key)
     except TypeError:  # an option that is no key
@@ -213,16 +218,16 @@ class _Solve:
             raise NotFused("it takes more steps than max_steps", failed=True)
         if method.tableau.dense_c and kind.outputs > 2 and not lands:
             raise NotFused(f"{method.tableau.name!r} needs further stages between its steps")
-        # the caller may go on with the times in place: only their values are needed, where they want no gradient
-        times = ts if ts.requires_grad else ts.clone()
-        self.inputs = [rows, times, *lowered.tensors]
+        # the caller may go on with the times in place, where they want no gradient: only their values are needed
+        doubles = ts.detach().clone() if ts.dtype == torch.float64 else ts.detach().double()
+        self.inputs = [rows, ts if ts.requires_grad else doubles, *lowered.tensors]
         moving = tuple(map(_requires_grad, self.inputs))
         self.records = torch.is_grad_enabled() and any(moving)
         if self.records and any(map(torch.Tensor.is_inference, self.inputs)):
             raise NotFused(_INFERENCE)
         self.task = Task(
             kind.job(lowered.program, lands, moving if self.records else ()), lowered.tensors,
-            rows.detach().contiguous(), times.detach().double().contiguous(), grid,
+            rows.detach().contiguous(), doubles.contiguous(), grid,
             None if lowered.dy is None else self._as_rows(lowered.dy, width).detach().contiguous(),
         )  # fmt: skip
 
@@ -244,7 +249,8 @@ class _Solve:
         self.kernel_ref = weakref.ref(self.kernel)
         if torch._C._autograd._top_saved_tensors_default_hooks(True):
             self.hooked = self.kernel  # hooks may put something else in the place of the owner
-        return _Fused.apply(self, owner, *self.inputs)
+        # not `_Fused.apply`, which looks for transforms first, at a third of its time; there are none here
+        return super(torch.autograd.Function, _Fused).apply(self, owner, *self.inputs)
 
     def fill(self, stats: Stats) -> None:
         """Notes what the solve cost."""

@@ -33,17 +33,21 @@ EXPORT Solver* neuralode_begin(const Problem* problem, int doubles) {
     }
 }
 
-EXPORT int neuralode_forward(Solver* solver, double seconds) {
-    return guarded([=] { return solver->forward(seconds); });
+EXPORT int neuralode_forward(Solver* solver, double seconds, Report* report) {
+    const int state = guarded([=] { return solver->forward(seconds); });
+    *report = solver->report;
+    std::copy_n(solver->sizes.begin(), std::min<size_t>(solver->sizes.size(), FIRST_SIZES), report->sizes);
+    return state;
 }
 
 EXPORT int neuralode_backward(Solver* solver, const void* ys, void* y0, void* const* tensors, double* times,
-                              double seconds, int begins, int threads) {
-    return guarded([=] { return solver->backward(ys, y0, tensors, times, seconds, begins, threads); });
+                              double seconds, int64_t pass, int threads, int64_t* products) {
+    const int state = guarded([=] { return solver->backward(ys, y0, tensors, times, seconds, pass, threads); });
+    *products = solver->report.products;
+    return state;
 }
 
-EXPORT void neuralode_read(const Solver* solver, Report* report, double* sizes, int64_t* accepted, int64_t* tried) {
-    *report = solver->report;
+EXPORT void neuralode_read(const Solver* solver, double* sizes, int64_t* accepted, int64_t* tried) {
     if (sizes) std::copy(solver->sizes.begin(), solver->sizes.end(), sizes);
     if (accepted) std::copy(solver->accepted_rows.begin(), solver->accepted_rows.end(), accepted);
     if (tried) std::copy(solver->tried_rows.begin(), solver->tried_rows.end(), tried);

@@ -42,9 +42,12 @@ struct Problem {
     void* ys;                                // [times][rows][width]
 };
 
+constexpr int FIRST_SIZES = 64;
+
 struct Report {
     int32_t status;
     int64_t accepted, rejected, evaluations, products, kept_bytes, steps;
+    double sizes[FIRST_SIZES];  // of the first steps, so that a short solve need not be asked for them
 };
 
 // One solve under way, or done and kept for its backward passes.
@@ -53,9 +56,9 @@ class Solver {
     virtual ~Solver() = default;
     // Both go on for about `seconds` and return whether there is more to do, so that the caller may look at its signals.
     virtual bool forward(double seconds) = 0;
-    // A backward pass that begins forgets one that was broken off.
+    // A backward pass with another number is another pass: it forgets one that was broken off.
     virtual bool backward(const void* grad_ys, void* grad_y0, void* const* grad_tensors, double* grad_times,
-                          double seconds, bool begins, int threads) = 0;
+                          double seconds, int64_t pass, int threads) = 0;
 
     Report report{};
     std::vector<double> sizes;  // of the accepted steps, where samples share them

@@ -83,7 +83,7 @@ class Solve : public Solver {
     explicit Solve(const Problem& problem);
     bool forward(double seconds) override;
     bool backward(const void* grad_ys, void* grad_y0, void* const* grad_tensors, double* grad_times, double seconds,
-                  bool begins, int most_threads) override;
+                  int64_t pass, int most_threads) override;
 
   private:
     Problem p;
@@ -101,7 +101,7 @@ class Solve : public Solver {
     bool shared, begun = false, paused = false;
     std::atomic<bool> stop{false};
     std::atomic<int> failed{0};
-    int64_t tiles;
+    int64_t tiles, last_pass = 0;
     int threads;
     double deadline = 0;
     const T* cotangents = nullptr;
@@ -221,8 +221,10 @@ inline bool Solve::forward(double seconds) {
 }
 
 inline bool Solve::backward(const void* grad_ys, void* grad_y0, void* const* grad_tensors, double* grad_times,
-                            double seconds, bool begins, int most_threads) {
+                            double seconds, int64_t pass, int most_threads) {
     deadline = now() + seconds;
+    const bool begins = pass != last_pass;
+    last_pass = pass;
     if (begins) {
         for (auto& w : workers) w->next_back = -1;
         for (Tile& tile : state) tile.products = 0;
