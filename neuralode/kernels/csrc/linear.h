@@ -109,14 +109,37 @@ inline void weight_gradient(const T* g, int outputs, const T* x, int stride, T* 
     }
 }
 
+// The products of R features with `count` others, summed over the vectors of a tile; the R stay in registers.
+template <int R>
+inline void outer_products(const Vec* few, const Vec* many, int count, Vec* total, int step_few, int step_many) {
+    Vec held[R][VECS];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECS; v++) held[r][v] = few[r * VECS + v];
+    for (int i = 0; i < count; i++, many += VECS, total += step_many)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            Vec sum = many[0] * held[r][0];
+#pragma GCC unroll 16
+            for (int v = 1; v < VECS; v++) sum += many[v] * held[r][v];
+            total[r * step_few] += sum;
+        }
+}
+
+constexpr int NARROW = 4;  // inputs, or outputs, up to which the gradient of a weight keeps its lanes apart
+
 // The same for few inputs or outputs: the lanes are summed at the very end, total [outputs][inputs][lanes].
 inline void narrow_gradient(const Vec* g, int outputs, const Vec* x, int inputs, Vec* total) {
-    for (int j = 0; j < outputs; j++, g += VECS)
-        for (int k = 0; k < inputs; k++, total++) {
-            Vec sum = g[0] * x[k * VECS];
-            for (int v = 1; v < VECS; v++) sum += g[v] * x[k * VECS + v];
-            *total += sum;
-        }
+    const bool by_inputs = inputs <= NARROW;
+    const Vec *few = by_inputs ? x : g, *many = by_inputs ? g : x;
+    const int count = by_inputs ? outputs : inputs;
+    const int step_few = by_inputs ? 1 : inputs, step_many = by_inputs ? inputs : 1;
+    static_assert(NARROW == 4);
+    switch (by_inputs ? inputs : outputs) {
+        case 1: return outer_products<1>(few, many, count, total, step_few, step_many);
+        case 2: return outer_products<2>(few, many, count, total, step_few, step_many);
+        case 3: return outer_products<3>(few, many, count, total, step_few, step_many);
+        default: return outer_products<4>(few, many, count, total, step_few, step_many);
+    }
 }
 
 }  // namespace neuralode::PRECISION

@@ -7,8 +7,6 @@
 
 namespace neuralode::PRECISION {
 
-constexpr int NARROW = 4;  // inputs, or outputs, up to which the gradient of a weight keeps its lanes apart
-
 struct Tensor {
     int outputs = 0, inputs = 1;  // [outputs, inputs] for a weight, else [outputs]
     const T* data = nullptr;
