@@ -167,8 +167,7 @@ class _Equation:
         with torch.enable_grad():
             y = y.detach().requires_grad_()
             dy = self.evaluate(t, y)
-        if not self.evaluate.is_module:
-            refuse_more_leaves([dy], [y, *self.known], self.mark)
+        refuse_more_leaves([dy], [y, *self.known], self.mark)
         a = state[:size].view_as(self.like)
         sources = [y, *self.inputs]
         products: tuple[torch.Tensor | None, ...] = (None,) * len(sources)

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from neuralode.errors import FieldError, UsageError
 from neuralode.ode.packing import Packing, alike, lasting
+
+REMEDY = "give gradient='exact' with checkpoint='never' to the solve."
+"""What helps where a field that is evaluated again would not give the gradient of the solve."""
 
 
 class HeldField:
@@ -29,10 +33,6 @@ class HeldField:
         if self.module is not None:
             self.captured = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         self._rebind = False
-
-    @property
-    def is_module(self) -> bool:
-        return self.module is not None
 
     @property
     def registered(self) -> list[torch.Tensor]:
@@ -112,7 +112,8 @@ def leaves_of(results: Sequence[torch.Tensor], known: Sequence[torch.Tensor], ma
     seen = {x.grad_fn for x in known if x.grad_fn is not None}
     names = {id(x) for x in known}
     leaves: list[torch.Tensor] = []
-    pending = [result.grad_fn for result in results]
+    # a result may be a leaf itself, which has a node but no grad_fn
+    pending: list[Any] = [get_gradient_edge(result).node for result in results if result.requires_grad]
     while pending:
         node = pending.pop()
         if node is None or node in seen:
@@ -123,8 +124,7 @@ def leaves_of(results: Sequence[torch.Tensor], known: Sequence[torch.Tensor], ma
         elif node._sequence_nr() < mark:
             raise FieldError(
                 "the field uses a tensor that was computed outside it from others that require a gradient, and "
-                "recomputing the field could not reach those; hand the tensor over through args=(...), or give "
-                "checkpoint='never'."
+                f"recomputing the field could not reach those; hand the tensor over through args=(...), or {REMEDY}"
             )
         else:
             pending.extend(child for child, _ in node.next_functions)
@@ -137,7 +137,7 @@ def refuse_more_leaves(results: Sequence[torch.Tensor], known: Sequence[torch.Te
         raise UsageError(
             "the field uses a parameter that is neither registered nor used at the start of the solve, so that "
             "recomputing would leave it without a gradient; make the field an nn.Module that owns it, hand it over "
-            "through args=(...), or give checkpoint='never'."
+            f"through args=(...), or {REMEDY}"
         )
 
 

@@ -1,0 +1,45 @@
+"""Every tensor that a field depends on gets its gradient, wherever the field keeps it, or the solve is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from neuralode.errors import UsageError
+from neuralode.ode import solve
+from tests.ode.test_adjoint import leaf, start
+
+WAYS = {"never": {"checkpoint": "never"}, "always": {"checkpoint": "always"}, "some": {"checkpoint": 2},
+        "adjoint": {"gradient": "adjoint"}}  # fmt: skip
+AGAIN = {name: how for name, how in WAYS.items() if name != "never"}
+"""Ways that evaluate the field again in the backward pass."""
+
+
+class Late(nn.Module):
+    """Uses, in the second half only, a parameter that it keeps in a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.others = nn.Parameter(torch.tensor(0.4, dtype=torch.float64)), [leaf(-0.9)]
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.early * y if t < 0.5 else self.others[0] * y
+
+
+@pytest.mark.parametrize("how", AGAIN.values(), ids=AGAIN)
+def test_a_parameter_that_a_module_does_not_register_and_uses_only_later_is_refused(how: dict[str, Any]) -> None:
+    final = solve(Late(), start(), [0.0, 1.0], method="rk4", step_size=0.1, engine="stepper", **how).final
+    with pytest.raises(UsageError, match="without a gradient"):
+        final.sum().backward()
+
+
+@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+def test_a_field_may_give_a_parameter_itself(how: dict[str, Any]) -> None:
+    y0, speed = leaf(1.0, -0.5), leaf(0.3, 0.7)
+    final = solve(lambda t, y: speed, y0, [0.0, 2.0], engine="stepper", **how).final
+    by_start, by_speed = torch.autograd.grad(final.sum(), [y0, speed])
+    torch.testing.assert_close(by_start, torch.ones_like(y0))
+    torch.testing.assert_close(by_speed, torch.full_like(speed, 2.0))
