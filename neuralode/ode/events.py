@@ -22,13 +22,16 @@ _NEAR = 1e-6
 
 
 class EventWatch:
-    """Looks at the steps of a solve as they come in and notes in which of them each sample meets an event."""
+    """Looks at each step of a solve as it comes in, and holds those samples where they are that met an event in it.
+
+    A sample is held with its gradient: another one that depends on it from the next step on depends on its event.
+    """
 
     def __init__(self, events: Event | Sequence[Event], args: tuple[Any, ...], loop: Loop, packing: Packing):
         self.events = list(events) if isinstance(events, Sequence) else [events]
         if not self.events:
             raise UsageError("events is an empty list; give one event or more, or leave it out.")
-        self.args, self.loop, self.packing, self.seen = args, loop, packing, 0
+        self.args, self.loop, self.packing = args, loop, packing
         y = loop.y
         self.count = len(y) if y.dim() else 1
         self.shape: tuple[int, ...] = (self.count, *[1] * (y.dim() - 1)) if y.dim() else ()
@@ -42,33 +45,40 @@ class EventWatch:
         with torch.no_grad():
             self.signs = torch.stack(self._values(loop.moment(), y)).sign()
             """Signs of the events after the last step, [E, B]; of the last value that was not zero."""
-        self.step = torch.full_like(self.signs[0], -1, dtype=torch.long)
-        self.index = self.step.clone()
+        self.index = torch.full_like(self.signs[0], -1, dtype=torch.long)
+        self.times = torch.zeros_like(self.signs[0], dtype=y.dtype.to_real())
         self.found: Events | None = None
 
     @property
     def happened(self) -> torch.Tensor:
-        return self.step >= 0
+        return self.index >= 0
+
+    def look(self) -> bool:
+        """Takes in the last step; true if every sample has met an event."""
+        piece = self.loop.extras.dense[-1]
+        met = self._met(piece)
+        if not bool(met.any()):
+            return False
+        times, states = self._locate(piece, met)
+        self.times = torch.where(met, times, self.times)
+        here = met.reshape(self.shape)
+        self.loop.hold(here, torch.where(here, states, self.loop.y))
+        return bool(self.happened.all())
 
     @torch.no_grad()
-    def look(self) -> bool:
-        """Takes in the steps since the last look; true if every sample has met an event."""
-        for number in range(self.seen, len(self.loop.extras.dense)):
-            piece = self.loop.extras.dense[number]
-            moved = torch.as_tensor(piece.h, device=self.step.device).expand(self.step.shape) != 0
-            values = torch.stack(self._values(*self._at(piece, 1.0))).sign()
-            crossing = (values != self.signs) & (self.signs != 0) & moved & ~self.happened
-            first = crossing.int().argmax(0)
-            if len(self.events) > 1 and bool((crossing.sum(0) > 1).any()):
-                at = [self._bisected(piece, torch.full_like(first, which)) for which in range(len(self.events))]
-                first = torch.where(crossing, torch.stack(at), torch.inf).argmin(0)
-            met = crossing.any(0)
-            self.step = torch.where(met, number, self.step)
-            self.index = torch.where(met, first, self.index)
-            self.signs = torch.where((values != 0) & moved, values, self.signs)
-        self.seen = len(self.loop.extras.dense)
-        self.loop.finish(self.happened)
-        return bool(self.happened.all())
+    def _met(self, piece: DensePiece) -> torch.Tensor:
+        """The samples, [B], that meet their first event in a step; notes in `index` which event it is."""
+        moved = torch.as_tensor(piece.h, device=self.index.device).expand(self.index.shape) != 0
+        values = torch.stack(self._values(*self._at(piece, 1.0))).sign()
+        crossing = (values != self.signs) & (self.signs != 0) & moved & ~self.happened
+        first = crossing.int().argmax(0)
+        if len(self.events) > 1 and bool((crossing.sum(0) > 1).any()):
+            at = [self._bisected(piece, torch.full_like(first, which)) for which in range(len(self.events))]
+            first = torch.where(crossing, torch.stack(at), torch.inf).argmin(0)
+        met = crossing.any(0)
+        self.index = torch.where(met, first, self.index)
+        self.signs = torch.where((values != 0) & moved, values, self.signs)
+        return met
 
     def fill(self, ts: torch.Tensor) -> torch.Tensor:
         """The states [T, *shape] at the output times, [T] or [B, T]; from its event on each sample stays as it was.
@@ -76,49 +86,44 @@ class EventWatch:
         Sets `found`.
         """
         loop, outputs = self.loop, ts.shape[-1]
-        times, states = self._results(ts)
-        self.found = Events(times, self.packing.unpack(states), self.happened, self.index)
+        times = torch.where(self.happened, self.times, ts[..., -1].to(self.times.dtype))
+        self.found = Events(times, self.packing.unpack(loop.y), self.happened, self.index)
         pieces = list(loop.outputs)
         if isinstance(loop, Integration):
-            pieces += [loop.y] * (outputs - len(pieces))  # never reached, so taken from the events below
+            pieces += [loop.y] * (outputs - len(pieces))  # never reached
         ys = loop.assemble(pieces, loop.y)
         late = (ts.reshape(-1, outputs).T.detach() - times.detach()) * torch.sign(ts[..., -1] - ts[..., 0]).detach() > 0
         late = (late.expand(outputs, self.count) & self.happened).reshape(outputs, *self.shape)
         late = late if not self.whole else late.reshape(outputs, *[1] * loop.y.dim())
-        return torch.where(late, states, ys)
+        return torch.where(late, loop.y, ys)
 
-    def _results(self, ts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Event times [B] and packed states [B, ...]; those of the solve's end where nothing happened."""
-        final = self.loop.y
-        times = ts[..., -1].to(final.dtype.to_real()).expand(self.step.shape)
-        states = final
-        for number in sorted(set(self.step.flatten().tolist()) - {-1}):
-            here = self.step == number
-            time, state = self._locate(self.loop.extras.dense[number], here)
-            times = torch.where(here, time, times)
-            states = torch.where(here.reshape(self.shape), state, states)
-        return times, states
+    def _locate(self, piece: DensePiece, met: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Times and states of the events in a step: found by bisection, then two Newton steps that carry the gradient.
 
-    def _locate(self, piece: DensePiece, here: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first event in a step: found by bisection, then one Newton step that carries the gradient."""
+        By the implicit-function theorem dθ/dp = -(∂g/∂p)/(∂g/∂θ) for any p that g depends on: the derivative of one
+        Newton step from a constant θ, the slope ∂g/∂θ being constant too. Another one makes the second derivative
+        right. Where g has no slope in θ, θ is that of the bisection and depends on nothing.
+        """
         events = self.index.clamp(min=0)
-        high = self._bisected(piece, events)
+        high = fraction = self._bisected(piece, events)
         with torch.enable_grad():
-            fraction = high.clone().requires_grad_()
-            (slope,) = torch.autograd.grad(self._chosen(piece, fraction, events).sum(), fraction)
-        value = self._chosen(piece, high, events)
-        slope = torch.where(here & (slope != 0), slope, 1.0)
-        # the implicit-function theorem: dθ/dp = -(∂g/∂p)/(∂g/∂θ); rows of other steps stay where they are
-        shift = torch.where(here, value / slope, 0.0)
-        near = shift.detach().abs() <= _NEAR  # else the event jumps, and the bisection has its time
-        fraction = high - torch.where(near, shift, shift - shift.detach())
+            moving = high.clone().requires_grad_()
+            value = self._chosen(piece, moving, events)
+            slope = torch.zeros_like(high)
+            if value.requires_grad:
+                (slope,) = torch.autograd.grad(value.sum(), moving, allow_unused=True, materialize_grads=True)
+        sloped = met & (slope != 0)
+        for _ in range(2):
+            shift = self._chosen(piece, fraction, events) / torch.where(sloped, slope, 1.0)
+            near = shift.detach().abs() <= _NEAR  # else the event jumps, and the bisection has its time
+            fraction = fraction - torch.where(sloped, torch.where(near, shift, shift - shift.detach()), 0.0)
         time, state = self._at(piece, fraction)
-        return time.reshape(self.step.shape), state
+        return time.reshape(self.index.shape), state
 
     @torch.no_grad()
     def _bisected(self, piece: DensePiece, events: torch.Tensor) -> torch.Tensor:
         """The fraction of a step at which the chosen events change sign, [B]; 1 for those that do not."""
-        low = torch.zeros_like(self.step, dtype=torch.float64)
+        low = torch.zeros_like(self.index, dtype=torch.float64)
         high = torch.ones_like(low)
         start = self._chosen(piece, low, events).sign()
         for _ in range(_BISECTIONS):
@@ -144,10 +149,11 @@ class EventWatch:
         values = [event(t.expand(self.shape), state, *self.args) for event in self.events]
         for value in values:
             shape = () if self.whole else (self.count,)
-            if not isinstance(value, torch.Tensor) or value.shape != shape:
-                given = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)
+            if not isinstance(value, torch.Tensor) or value.shape != shape or value.is_complex():
+                given = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else type(value)
+                samples = tuple(self.loop.y.shape[:1])
                 raise UsageError(
-                    f"an event returned {given}; it has to return one number a sample, ({len(self.loop.y)},), or, if "
-                    "the first one does so, a scalar tensor for the whole state."
+                    f"an event returned {given}; it has to return one real number a sample, {samples}, or, if the "
+                    "first one does so, a scalar tensor for the whole state."
                 )
-        return values
+        return [2.0 * value - 1 if value.dtype == torch.bool else value for value in values]

@@ -265,10 +265,9 @@ class RowIntegration:
             status = Status.NON_FINITE
         raise Failure(status, float(self.t[index]), self.y, float(sizes[index]), sample=index)
 
-    def finish(self, samples: torch.Tensor) -> None:
-        """Takes no further steps for these samples, [B]."""
-        if not self.rows.shared:
-            self.ended = self.ended | samples
+    def hold(self, samples: torch.Tensor, y: torch.Tensor) -> None:
+        """Goes on from y, without further steps for these samples, a mask that broadcasts against the state."""
+        self.y, self.ended = y, self.ended | samples.flatten()
 
     def dense_output(self, packing: Packing) -> RowDenseOutput:
         return RowDenseOutput(self.extras.dense, self.rows, packing)

@@ -81,20 +81,21 @@ def _unable_by_sample(config: SolverConfig, outputs: int) -> str:
 
 
 def begin(field: Field, y0: State, y: torch.Tensor, ts: torch.Tensor, config: SolverConfig, counted: CountedField,
-          packing: Packing, stats: Stats, by_sample: bool, keep_dense: bool) -> Loop:  # fmt: skip
+          packing: Packing, stats: Stats, by_sample: bool, keep_dense: bool, events: bool) -> Loop:  # fmt: skip
     """The loop that serves: on the host, or in tensors, with a row for each sample or one for all."""
     if by_sample:
         check_rows(y, ts)
         if in_transform():
             raise UsageError("steps for each sample do not work inside torch.func transforms; leave per_sample out.")
-    chunk = config.options.get("steps_per_sync", 8 if y.is_cuda else 1)
+    # no sample may go on beyond its event, where its field may end, so that the host looks at each step
+    chunk = 1 if events else config.options.get("steps_per_sync", 8 if y.is_cuda else 1)
     if by_sample or (chunk > 1 and _fits_one_row(config, packing)):
-        settings = settings_of(config, packing, None, keep_dense)
+        settings = settings_of(config, packing, None, keep_dense or events)
         clock = RowClock(ts, Rows(y, shared=not by_sample))
         step = None if settings.method.adaptive else config.options.get("step_size", config.step_size)
         return RowIntegration(settings, counted, clock, y, stats, step, chunk)
     grid = fixed_grid(config, field, y0, ts)
-    settings = settings_of(config, packing, grid, keep_dense)
+    settings = settings_of(config, packing, grid, keep_dense or events)
     lands = not settings.method.interpolates or grid == tuple(host_values(ts))
     return Integration(settings, counted, Clock(ts, lands), y, stats)
 

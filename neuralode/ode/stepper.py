@@ -78,10 +78,12 @@ class Extras:
 class CountedField:
     """The field as the stepper calls it: with its arguments, counted, its shape checked."""
 
-    __slots__ = ("args", "field", "graphs", "nfe", "refuse")
+    __slots__ = ("args", "field", "graphs", "held", "nfe", "refuse")
 
     def __init__(self, field: Callable[..., Any], args: tuple[Any, ...], refuse: Callable[[Any, torch.Tensor], None]):
         self.field, self.args, self.refuse, self.nfe, self.graphs = field, args, refuse, 0, 0
+        self.held: torch.Tensor | None = None
+        """Samples whose slope is zero whatever the field says, in a shape that broadcasts against the state."""
 
     def __call__(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         self.nfe += 1
@@ -94,6 +96,8 @@ class CountedField:
             )
         if not isinstance(dy, torch.Tensor) or dy.shape != y.shape:
             self.refuse(dy, y)
+        if self.held is not None:
+            dy = dy.masked_fill(self.held, 0.0)
         self.graphs += dy.requires_grad
         return lasting(alike(dy, y))
 
@@ -183,8 +187,14 @@ class Integration:
         """The present time, as the field receives it."""
         return moment(self.t, self.y)
 
-    def finish(self, samples: torch.Tensor) -> None:
-        """Says that these samples, [B], need no further steps: they share theirs, so nothing changes."""
+    def hold(self, samples: torch.Tensor, y: torch.Tensor) -> None:
+        """Goes on from y, in which these further samples stay as they are and have no say in the steps.
+
+        Args:
+            samples: a mask that broadcasts against the state.
+        """
+        self.y, self.f0 = y, None if self.f0 is None else self.f0.masked_fill(samples, 0.0)
+        self.field.held = samples if self.field.held is None else self.field.held | samples
 
     def dense_output(self, packing: Packing) -> DenseOutput:
         return DenseOutput(self.extras.dense, packing)
@@ -302,9 +312,12 @@ def _graphs(slope: torch.Tensor | None) -> int:
     return int(slope is not None and slope.requires_grad)
 
 
-def error_ratio(settings: Settings, step: Step, field: Callable[..., torch.Tensor]) -> float:
+def error_ratio(settings: Settings, step: Step, field: CountedField) -> float:
     """The step's error over the tolerance; it stands if that is at most 1."""
     method, tolerance = settings.method, settings.tolerance
+    if field.held is not None:
+        moving = ~field.held.flatten()
+        return tolerance.ratio(*(x[moving] for x in (method.error(step, field), step.y0, step.y1)))
     if isinstance(method, RungeKutta) and method.error_row:
         return combine.error_ratio(step.stages, method.error_row, step.h, step.y0, step.y1, tolerance)
     return tolerance.ratio(method.error(step, field), step.y0, step.y1)

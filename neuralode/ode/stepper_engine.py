@@ -48,7 +48,7 @@ def run(
     packing = Packing(y0, rows=by_sample or (events is not None and has_samples(y0)))
     y = packing.pack(y0)
     counted = CountedField(packing.field(field), args, lambda dy, _: packing.check(dy))
-    loop = begin(field, y0, y, ts, config, counted, packing, stats, by_sample, keep_dense or events is not None)
+    loop = begin(field, y0, y, ts, config, counted, packing, stats, by_sample, keep_dense, events is not None)
     watch = None if events is None else EventWatch(events, args, loop, packing)
     try:
         if watch is None:

@@ -132,3 +132,30 @@ def test_gradients_do_not_depend_on_the_memory_budget(per_sample: bool) -> None:
         found = solve(ball, y0, SPAN, events=ground, per_sample=per_sample, memory_budget=budget).events
         gradients.append(torch.autograd.grad(found.ts.sum(), y0)[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("per_sample", BY_SAMPLE)
+def test_second_derivatives_are_those_of_the_formula(per_sample: bool) -> None:
+    """y₀e^(-rt) has fallen to c, squared or not, at T = log(y₀/c) / r; there y₀t e^(-rt) is cT."""
+    y0 = torch.tensor([2.0, 4.0], dtype=torch.float64, requires_grad=True)
+    rate = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+
+    def field(t: torch.Tensor, y: tuple[torch.Tensor, ...], r: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (-r * y[0], y[0] - r * y[1])
+
+    def below(t: torch.Tensor, y: tuple[torch.Tensor, ...], r: torch.Tensor) -> torch.Tensor:
+        return y[0][:, 0] ** 2 - 1.44
+
+    start = (y0[:, None], 0 * y0[:, None])
+    found = solve(
+        field, start, SPAN, args=(rate,), events=below, per_sample=per_sample, rtol=1e-11, atol=1e-11
+    ).events  # fmt: skip
+    times = (y0 / 1.2).log() / rate
+    weights = torch.tensor([1.0, -0.7], dtype=torch.float64)
+    for ours, closed in ((found.ts, times), (found.ys[1][:, 0], 1.2 * times)):
+        second = []
+        for value in (ours, closed):
+            first = torch.autograd.grad((weights * value).sum(), (y0, rate), create_graph=True)
+            second.append(torch.autograd.grad(first[0].sum() + 3 * first[1], (y0, rate), retain_graph=True))
+        for got, wanted in zip(*second, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)

@@ -266,6 +266,28 @@ def test_the_field_need_not_exist_beyond_an_event() -> None:
     torch.testing.assert_close(gradient, 2 * y0, rtol=0, atol=1e-4)
 
 
+FLAT = {
+    "detached": lambda t, y: y.detach() - 1,
+    "bool": lambda t, y: y > 1,
+    "integer": lambda t, y: (y < 1).long() - (y > 1).long(),
+    "sign": lambda t, y: (y - 1).sign(),
+    "jump": lambda t, y: torch.where(y < 1, 1.0, -1.0),
+}
+
+
+@pytest.mark.parametrize("per_sample", BY_SAMPLE)
+@pytest.mark.parametrize("name", FLAT)
+def test_an_event_without_a_gradient_has_its_time(name: str, per_sample: bool) -> None:
+    y0 = torch.tensor([2.0, 4.0, 0.4], dtype=torch.float64, requires_grad=True)
+    found = solve(lambda t, y: -y, y0, SPAN, events=FLAT[name], per_sample=per_sample, **TIGHT).events
+    times = y0.detach()[:2].log()
+    assert found.happened.tolist() == [True, True, False]
+    torch.testing.assert_close(found.ts[:2], times, rtol=0, atol=1e-7)
+    assert not found.ts.requires_grad or torch.autograd.grad(found.ts.sum(), y0, retain_graph=True)[0].eq(0).all()
+    (gradient,) = torch.autograd.grad(found.ys[:2].sum(), y0)  # at a time that is a constant
+    torch.testing.assert_close(gradient[:2], (-times).exp(), rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
@@ -291,20 +313,31 @@ def test_what_cannot_be_is_refused_in_a_sentence(given: dict[str, Any], sentence
         lambda t, y: y[:2, 0],
         lambda t, y: 1.0,
         lambda t, y: None,
+        lambda t, y: y[:, 0] + 0j,
         [ground, lambda t, y: y],
         [ground, lambda t, y: y.sum()],
         [ground, lambda t, y: 1.0],
         [lambda t, y: y.sum(), ground],
     ],
-    ids=["matrix", "too few", "float", "none", "then matrix", "then scalar", "then float", "scalar then rows"],
+    ids=[
+        "matrix",
+        "too few",
+        "float",
+        "none",
+        "complex",
+        "then matrix",
+        "then scalar",
+        "then float",
+        "scalar then rows",
+    ],
 )
 def test_events_of_a_wrong_shape_are_refused(events: Any, per_sample: bool) -> None:
-    with pytest.raises(UsageError, match=r"one number a sample, \(3,\)|a scalar"):
+    with pytest.raises(UsageError, match=r"one real number a sample, \(3,\)|a scalar"):
         solve(ball, at_rest(), SPAN, events=events, per_sample=per_sample)
 
 
 def test_an_event_of_the_whole_does_not_go_with_steps_of_each_sample() -> None:
-    with pytest.raises(UsageError, match=r"per_sample|each sample|one number a sample"):
+    with pytest.raises(UsageError, match=r"per_sample|each sample|one real number a sample"):
         solve(ball, at_rest(), SPAN, events=lambda t, y: y[:, 0].sum(), per_sample=True)
 
 
