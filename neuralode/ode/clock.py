@@ -62,7 +62,7 @@ class Clock:
         """Time and size of a step as the method takes them: floats, or tensors that carry a gradient."""
         t = self.start(step.t, step.outputs.start)
         if self.moves and step.lands and self.anchored(step.outputs[-1]):
-            return t, self.ts[step.outputs[-1]] - t
+            return t, carrying(step.h, self.ts[step.outputs[-1]] - t)
         return t, step.h
 
     def with_times(self, ts: torch.Tensor) -> Clock:
@@ -85,16 +85,25 @@ class Clock:
         states = []
         if inner:
             at = method.interpolant(step, field)
-            fractions = [self.fraction(output, step.t, step.h) for output in inner]
+            fractions = [self.fraction(output, record.t, step) for output in inner]
             if isinstance(at, Polynomial) and len(inner) > 2 and not self.moves:
                 states = list(at.many(fractions))
             else:
                 states = [at(fraction) for fraction in fractions]
         return states if len(inner) == len(record.outputs) else [*states, step.y1]
 
-    def fraction(self, output: int, t: Any, h: Any) -> Any:
-        """Where in the step (t, h), as `place` gave it, an output time lies."""
-        return ((self.ts if self.moves else self.values)[output] - t) / h
+    def fraction(self, output: int, t: float, step: Step) -> Any:
+        """Where in a step, which starts at t, an output time lies."""
+        way = self.values[output] - t
+        return (carrying(way, self.ts[output] - step.t) if self.moves else way) / step.h
+
+
+def carrying(value: Any, moving: Any) -> Any:
+    """A difference of times, known in double precision, with the gradient of the same in that of the times.
+
+    Late in a long solve a difference of times in single precision has few digits left.
+    """
+    return value + (moving - moving.detach())
 
 
 def host_values(ts: torch.Tensor) -> Any:
@@ -154,13 +163,16 @@ class RowClock:
         if not self.moves:
             return spread(step.t), spread(step.h)
         t = self.grid[:, 0] + (step.t - self.values[:, 0]).to(self.grid)
-        return spread(t), spread(torch.where(step.lands, self.grid[:, -1] - t, step.h.to(t)))
+        return spread(t), spread(torch.where(step.lands, carrying(step.h, self.grid[:, -1] - t), step.h))
 
-    def fraction(self, output: torch.Tensor, t: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """Where in the step the output times of that index, [R], lie; 0 for rows that take no step."""
-        wanted = (self.grid if self.moves else self.values).gather(1, output[:, None])[:, 0]
-        still = h == 0
-        return torch.where(still, 0.0, (self.rows.spread(wanted) - t) / torch.where(still, 1.0, h))
+    def fraction(self, output: torch.Tensor, t: torch.Tensor, step: Step) -> torch.Tensor:
+        """Where in a step, which starts at t, [R], the output times of that index, [R], lie; 0 in rows without one."""
+        spread, index = self.rows.spread, output[:, None]
+        way = spread(self.values.gather(1, index)[:, 0] - t)
+        if self.moves:
+            way = carrying(way, spread(self.grid.gather(1, index)[:, 0]) - step.t)
+        still = step.h == 0
+        return torch.where(still, 0.0, way / torch.where(still, 1.0, step.h))
 
     def reads_densely(self, step: RowStep) -> bool:
         return bool(step.inner)
@@ -170,4 +182,4 @@ class RowClock:
         if not record.inner:
             return []
         at = method.interpolant(step, field)
-        return [at(self.fraction(output, step.t, step.h)) for output in record.inner]
+        return [at(self.fraction(output, record.t, step)) for output in record.inner]

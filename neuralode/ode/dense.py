@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from neuralode.errors import UsageError
-from neuralode.ode.clock import Rows, host_values
+from neuralode.ode.clock import Rows, carrying, host_values
 from neuralode.ode.interpolants import Interpolant
 from neuralode.ode.packing import Packing
 from neuralode.ode.solution import State
@@ -62,7 +62,10 @@ class DenseOutput:
         if not -slack <= (value - first) * self.direction <= abs(end - first) + slack:
             raise UsageError(f"t = {value:g} lies outside the solve, which went from {first:g} to {end:g}.")
         piece = self.steps[min(bisect.bisect_left(self._ends, value * self.direction), len(self.steps) - 1)]
-        return piece.at((t - piece.start) / piece.size)
+        way = value - piece.t
+        if isinstance(t, torch.Tensor) or isinstance(piece.start, torch.Tensor):
+            way = carrying(way, t - piece.start)
+        return piece.at(way / piece.size)
 
 
 class RowDenseOutput:
@@ -87,15 +90,17 @@ class RowDenseOutput:
         Raises:
             UsageError: for a time that lies outside a row's solve.
         """
-        times = torch.as_tensor(t, device=self.steps[0].t.device).expand(self.rows.count)
+        like = self.steps[0].t
+        times = torch.as_tensor(t, dtype=like.dtype, device=like.device).expand(self.rows.count)
         found = torch.zeros(self.rows.count, dtype=torch.bool, device=times.device)
         state: torch.Tensor | None = None
         for piece in self.steps:
             inside = (piece.h != 0) & ~found
-            fraction = torch.where(inside, (times.detach() - piece.t) / torch.where(inside, piece.h, 1.0), 0.0)
+            way = times.detach() - piece.t
+            fraction = torch.where(inside, way / torch.where(inside, piece.h, 1.0), 0.0)
             inside = self.rows.spread(inside & (fraction >= -1e-6) & (fraction <= 1 + 1e-6))
-            placed = (self.rows.spread(times) - piece.start) / torch.where(inside, piece.size, 1.0)
-            value = piece.at(torch.where(inside, placed, 0.0))
+            way = carrying(self.rows.spread(way), self.rows.spread(times) - piece.start)
+            value = piece.at(torch.where(inside, way / torch.where(inside, piece.size, 1.0), 0.0))
             state = value if state is None else torch.where(inside, value, state)
             found = found | inside.reshape(found.shape)
         if state is None or not bool(found.all()):

@@ -173,7 +173,7 @@ class _Newton:
         eye = torch.eye(jacobian.shape[-1], dtype=jacobian.dtype, device=jacobian.device)
         weight = self.weight
         if isinstance(weight, torch.Tensor):  # one for all, or one for each sample
-            weight = weight.reshape((1, -1, 1) if weight.dim() == 1 else (-1, 1, 1))
+            weight = weight.to(eye.dtype).reshape((1, -1, 1) if weight.dim() == 1 else (-1, 1, 1))
         # a singular matrix shows as updates that are not finite
         self.factors = torch.linalg.lu_factor_ex(eye - weight * jacobian)[:2]
 

@@ -67,9 +67,11 @@ class Polynomial:
 
     def __call__(self, theta: Any) -> torch.Tensor:
         if isinstance(theta, torch.Tensor):
+            # in double precision, as for a float: the coefficients of a high order are large and cancel each other
+            theta, real = theta.double(), self.y0.dtype.to_real()
             degrees = torch.arange(1, len(self.rows[0]) + 1, dtype=theta.dtype, device=theta.device)
             table = torch.tensor(self.rows, dtype=theta.dtype, device=theta.device)
-            found = ((theta[..., None] ** degrees) @ table.T).unbind(-1)
+            found = ((theta[..., None] ** degrees) @ table.T).to(real).unbind(-1)
             weights: list[Any] = [w if any(row) else 0.0 for row, w in zip(self.rows, found, strict=True)]
         else:
             weights = self._weights(theta)

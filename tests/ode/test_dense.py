@@ -245,3 +245,43 @@ def test_gradients_where_each_sample_has_steps_of_its_own() -> None:
 def test_torchdiffeq_has_none() -> None:
     with pytest.raises(UsageError, match="no dense output"):
         solve(PROBLEM.field, PROBLEM.y0, PROBLEM.times(), dense=True, engine="torchdiffeq")
+
+
+def turning(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Turns by 50 a unit of time."""
+    return torch.stack([50 * y[..., 1], -50 * y[..., 0]], -1)
+
+
+@pytest.mark.parametrize("start", [0.0, 1000.0])
+@pytest.mark.parametrize("moving", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "dop853"])
+def test_single_precision_is_as_good_as_double(method: str, per_sample: bool, moving: bool, start: float) -> None:
+    """To the tolerance: late times have few digits in single precision, and so have the terms of a high order."""
+    y0 = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        times = (start + torch.arange(9, dtype=dtype) / 8).requires_grad_(moving)
+        solution = solve(
+            turning, y0.to(dtype), times, method=method, per_sample=per_sample, dense=True, rtol=1e-5, atol=1e-5
+        )
+        between = [solution.dense(start + 0.3), solution.dense(torch.tensor(start + 0.75, dtype=dtype))]
+        found.append(torch.stack([*solution.ys, *between]).double())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=4e-5)
+
+
+def test_a_number_is_as_exact_a_time_as_a_tensor() -> None:
+    y0 = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    at = solve(lambda t, y: -y, y0, [0.0, 2.0], per_sample=True, dense=True, rtol=1e-11, atol=1e-11).dense
+    torch.testing.assert_close(at(0.1), at(torch.tensor(0.1, dtype=torch.float64)), rtol=0, atol=0)
+    torch.testing.assert_close(at([0.1, 0.2])[1], at(0.2)[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "dop853", "esdirk4", "rkc2"])
+def test_times_may_be_more_precise_than_the_state(method: str) -> None:
+    times = leaf(0.0, 1.0, 2.5)
+    y0 = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    solution = solve(lambda t, y: -y, y0, times, method=method, dense=True)
+    assert solution.ys.dtype == solution.dense(times.detach()[1]).dtype == torch.float32
+    (gradient,) = torch.autograd.grad(solution.final.sum(), times)
+    torch.testing.assert_close(gradient[2].float(), -y0.sum() * torch.tensor(-2.5).exp(), rtol=2e-2, atol=0)
