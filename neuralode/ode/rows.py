@@ -49,6 +49,10 @@ class RowIntegration:
         self._growth, self._no_growth = ones * settings.controller.max_factor, ones
         self._ceiling = self._growth
         self.size = None if step_size is None else ones * abs(step_size)
+        # what the precision of the times leaves open is no reason for a further step, as in `even_grid`
+        open_ = 2 * torch.finfo(clock.ts.dtype).eps * times.abs().amax(1) / abs(step_size) if step_size else 0 * ones
+        self._stretch = 1 + open_.clamp(1e-9, 0.1)
+        """How much longer than it should be a step may be, to end at the last time."""
         stats.accepted = stats.rejected = 0
         self.done = False
         self._now = 1
@@ -111,8 +115,8 @@ class RowIntegration:
         if self.size is None:
             self.size = self._first(y, f0)
         rest = (self.end - self.t).abs()
-        lands = self.size * (1 + 1e-9) >= rest  # true of the rows that have ended, whose rest is zero
-        size = torch.minimum(self.size, rest)
+        lands = self.size * self._stretch >= rest  # true of the rows that have ended, whose rest is zero
+        size = torch.where(lands, rest, self.size)
         graphs = self.field.graphs
         record = RowStep(self.t, self.direction * size, lands, None, range(0), ())
         step = settings.method.step(self.field, *self.clock.place(record), y, f0, None)

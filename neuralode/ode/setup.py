@@ -172,7 +172,6 @@ def even_grid(times: tuple[float, ...], step: float, precision: float = 0.0) -> 
     Args:
         precision: relative, of the times: what it leaves open is no reason for a further step.
     """
-    span = times[-1] - times[0]
-    ratio = abs(span) / step
-    count = max(1, math.ceil(ratio - max(1e-9, min(0.1, 2 * precision * ratio))))
+    span, reach = times[-1] - times[0], max(abs(times[0]), abs(times[-1]))
+    count = max(1, math.ceil(abs(span) / step - max(1e-9, min(0.1, 2 * precision * reach / step))))
     return (*(times[0] + math.copysign(i * step, span) for i in range(count)), times[-1])

@@ -229,6 +229,19 @@ def test_fixed_steps_go_through_times_of_each_sample(method: str) -> None:
     assert together.stats.rejected_per_sample.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("begin", "end", "count"), [(0.0, 0.3, 3), (0.0, -0.3, 3), (10.0, 12.1, 21), (0.0, 0.32, 4)])
+def test_rounded_times_need_no_further_step(
+    begin: float, end: float, count: int, dtype: torch.dtype, per_sample: bool
+) -> None:
+    """In single precision 0.3 is more than three steps of 0.1, by a sliver."""
+    y0, times = torch.ones(2, 1, dtype=dtype), torch.tensor([begin, end], dtype=dtype)
+    solution = solve(lambda t, y: -y, y0, times, method="rk4", step_size=0.1, per_sample=per_sample)
+    assert solution.stats.accepted == count
+    torch.testing.assert_close(solution.final, (y0 * (begin - end)).exp(), rtol=1e-5, atol=0)
+
+
 def test_linear_reading_between_fixed_steps() -> None:
     given: dict[str, Any] = {"method": "rk4", "step_size": 0.17, "options": {"interp": "linear"}}
     together = solve(turning, Y0, SPANS, args=(RATES[:, None],), **given)
