@@ -69,7 +69,8 @@ class Watch:
     def __init__(self, field: Callable[..., Any]):
         self.modules: list[nn.Module] = []
         self.places: list[Place] = []
-        self._seen: set[Any] = set()
+        self.seen: set[Any] = set()
+        """The ids of what was looked at, among others."""
         self.opaque = False
         """Whether it holds or names something whose changes cannot be seen, so that nothing may be remembered of it."""
         self._random: Any = None
@@ -129,17 +130,17 @@ class Watch:
 
     def _enter(self, thing: Any, depth: int = 0) -> None:
         """Watches a module, a function or an object, and what they hold."""
-        if type(thing) in _PLAIN or id(thing) in self._seen:
+        if type(thing) in _PLAIN or id(thing) in self.seen:
             return
         if depth > _DEEPEST or len(self.places) > _MOST_PLACES:
             self.opaque = True
             return
-        self._seen.add(id(thing))
+        self.seen.add(id(thing))
         if isinstance(thing, nn.Module):
             plain = []
             for module in thing.modules():
-                if module is thing or id(module) not in self._seen:
-                    self._seen.add(id(module))
+                if module is thing or id(module) not in self.seen:
+                    self.seen.add(id(module))
                     self.modules.append(module)
                     if type(module).__module__.startswith("torch.nn.modules"):
                         plain.append(module)
@@ -156,7 +157,7 @@ class Watch:
         elif isinstance(thing, types.FunctionType):
             if self._random is None and "random" in globals_of(thing.__code__):
                 self._random = _generators()
-            self._look_at(Variables(thing, self._seen), depth)
+            self._look_at(Variables(thing, self.seen), depth)
             self._enter_names(thing, depth)
             self._look_at(Function(thing), depth)
             if thing.__dict__:
@@ -207,8 +208,8 @@ class Watch:
 
     def _enter_class(self, kind: type, depth: int) -> None:
         for owner in kind.__mro__:
-            if owner.__module__.partition(".")[0] not in _KNOWN_PACKAGES and ("class", id(owner)) not in self._seen:
-                self._seen.add(("class", id(owner)))
+            if owner.__module__.partition(".")[0] not in _KNOWN_PACKAGES and ("class", id(owner)) not in self.seen:
+                self.seen.add(("class", id(owner)))
                 self._look_at(ClassAttributes(owner), depth)
 
     def _look_at(self, place: Place, depth: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from neuralode.errors import UsageError
-from neuralode.nn.operator import register
+from neuralode.nn.operator import obstacle, reference, register
 from neuralode.nn.operator import solve as solve_operator
 from neuralode.ode import Solution, SolverConfig, Stats, solve_configured
 from neuralode.ode.observed_field import tensors
@@ -66,7 +66,7 @@ class ODEBlock(nn.Module):
             t: output times, [T]; the solver's time span if None. Given times, the block returns the trajectory.
             prepared: y0 is augmented already.
         """
-        if torch.compiler.is_compiling() and isinstance(y0, torch.Tensor):
+        if torch.compiler.is_compiling() and isinstance(y0, torch.Tensor) and not obstacle(self._number, self.training):
             return self._compiled(y0, t)
         solution = self.solve(y0, t, prepared=prepared)
         return solution.final if t is None and self.output == "final" else solution.ys
@@ -86,7 +86,7 @@ class ODEBlock(nn.Module):
         state = self._prepare(y0)
         assert isinstance(state, torch.Tensor)
         ts = torch.as_tensor(self.solver.t_span if t is None else t, dtype=state.real.dtype, device=state.device)
-        ys = solve_operator(state, ts, list(self.parameters()), self._number)
+        ys = solve_operator(state, ts, [*self.parameters(), *self.buffers()], reference(self._number))
         return ys[-1] if t is None and self.output == "final" else ys
 
     def vector_field(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from neuralode.errors import UsageError
 from neuralode.nn import MLPField, ODEBlock
 from neuralode.nn.operator import solve
 from neuralode.ode import SolverConfig
@@ -60,7 +61,7 @@ def test_pytorchs_own_check_of_operators(options: dict[str, Any]) -> None:
     block = make(**options)
     y0 = torch.randn(5, 4).double().requires_grad_()
     t = torch.tensor([0.0, 0.5, 1.0]).double()
-    torch.library.opcheck(solve, (y0, t, list(block.parameters()), block._number))
+    torch.library.opcheck(solve, (y0, t, [*block.parameters(), *block.buffers()], block._number))
 
 
 def test_times_get_their_gradient() -> None:
@@ -98,6 +99,8 @@ def test_what_a_compiled_block_does_not_see_is_said() -> None:
     with pytest.warns(UserWarning, match="not the block's own"):
         torch.compile(lambda y: head(closed(y)), backend="aot_eager")(torch.ones(3, 4).double())
     steered = make()
-    steered.field.context = torch.ones(4)
-    with pytest.raises(Exception, match="no parameter and no buffer"):
-        torch.compile(lambda y: head(steered(y)), backend="aot_eager")(torch.ones(3, 4).double())
+    compiled = torch.compile(steered, backend="aot_eager")
+    compiled(torch.ones(3, 4).double())
+    steered.field.context = torch.ones(4)  # nothing tells the compiler
+    with pytest.raises(UsageError, match="no parameter and no buffer"):
+        compiled(torch.ones(3, 4).double())
