@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
@@ -23,6 +26,12 @@ METHODS: dict[str, Method] = {
 }
 """The methods that the stepper has."""
 
+OPTIONS_OF_FIXED_STEPS = frozenset({"step_size", "grid_constructor", "norm"})
+OPTIONS_OF_ADAPTIVE_STEPS = frozenset({
+    "first_step", "max_num_steps", "safety", "ifactor", "dfactor", "norm", "steps_per_sync",
+})  # fmt: skip
+"""Options that the stepper takes besides those that are a method's own."""
+
 
 def methods() -> list[str]:
     """The names of all methods that `solve` and `odeint` take."""
@@ -42,6 +51,19 @@ def in_torchdiffeq(name: str) -> bool:
 def takes_fixed_steps(name: str) -> bool:
     """True for a method without error control, whose step size the caller chooses."""
     return not METHODS[name].adaptive if name in METHODS else issubclass(SOLVERS[name], FixedGridODESolver)
+
+
+@functools.cache
+def options_of(name: str) -> frozenset[str]:
+    """The options that a method takes, of the stepper's or of torchdiffeq's."""
+    ours = frozenset[str]()
+    if name in METHODS:
+        ours = METHODS[name].options | (
+            OPTIONS_OF_FIXED_STEPS if takes_fixed_steps(name) else OPTIONS_OF_ADAPTIVE_STEPS
+        )
+    inits = [inspect.signature(kind.__init__).parameters for kind in (SOLVERS[name].__mro__ if name in SOLVERS else ())]
+    theirs = {x.name for parameters in inits for x in parameters.values() if x.default is not x.empty}
+    return ours | (theirs - {"rtol", "atol", "implicit"}) | {"norm"}
 
 
 def supported_callbacks(name: str) -> set[str]:

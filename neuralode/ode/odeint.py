@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torchdiffeq
 
-from neuralode.errors import FieldError, UsageError
+from neuralode.errors import FieldError, UsageError, unknown
 from neuralode.ode.clock import host_values
 from neuralode.ode.eager import eager
 from neuralode.ode.fastest import run_fastest
-from neuralode.ode.methods import METHODS, check_method, takes_fixed_steps
+from neuralode.ode.methods import METHODS, check_method, options_of, takes_fixed_steps
 from neuralode.ode.observed_field import tensors
 from neuralode.ode.setup import unable
 from neuralode.ode.solution import Stats
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper_engine import run
 
+_DEFAULT = "dopri5"
 _UNLIMITED = 2**31 - 1
 _CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
@@ -46,8 +48,10 @@ def odeint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, atol: Any =
     Raises:
         UsageError: (a ValueError) for an unknown method.
         AssertionError: where torchdiffeq raises it; a SolveError is one.
+
+    Warns of options that the method does not know, and goes on without them.
     """
-    check_method(method or "dopri5")
+    options = _known(method, options)
     config = None if event_fn is not None else _served(func, y0, t, rtol, atol, method, options, "exact")
     if config is not None:
         with contextlib.suppress(FieldError):  # torchdiffeq takes some, and refuses the others in its own words
@@ -64,10 +68,10 @@ def odeint_adjoint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, ato
     Parameters that torchdiffeq would leave out without a word, such as those of another module that func calls, get
     their gradient here.
     """
-    check_method(method or "dopri5")
+    options = _known(method, options)
     own = set(adjoint_options or {}) - {"norm"} or (adjoint_options or {}).get("norm", "seminorm") != "seminorm"
     # options for the adjoint stand in the place of the forward ones, and so of their step size
-    own = own or (adjoint_options is not None and takes_fixed_steps(method or "dopri5"))
+    own = own or (adjoint_options is not None and takes_fixed_steps(method or _DEFAULT))
     foreign = event_fn is not None or adjoint_params is not None or adjoint_method not in (None, method) or own
     foreign = foreign or any(hasattr(func, f"{callback}_adjoint") for callback in _CALLBACKS)
     tolerances = all(x is None or (isinstance(x, float) and x > 0) for x in (adjoint_rtol, adjoint_atol))
@@ -103,10 +107,10 @@ def odeint_dense(func: Any, y0: Any, t0: Any, t1: Any, *, rtol: float = 1e-7, at
     Raises:
         UsageError: for a method or an option that the stepper does not have.
     """
-    check_method(method or "dopri5")
+    options = _known(method, options)
     like = tensors(y0)[0]
     t = torch.stack([torch.as_tensor(x, dtype=like.dtype.to_real(), device=like.device) for x in (t0, t1)])
-    config = _served(func, y0, t, rtol, atol, method or "dopri5", options, "exact")
+    config = _served(func, y0, t, rtol, atol, method or _DEFAULT, options, "exact")
     if config is None:
         raise UsageError(
             f"odeint_dense cannot serve method={method!r} with options={options}; it takes {', '.join(METHODS)} over "
@@ -124,10 +128,26 @@ def _states(func: Any, y0: Any, t: torch.Tensor, config: SolverConfig) -> Any:
     return run_fastest(func, y0, t.to(tensors(y0)[0].device), (), config, stats, strict=False)
 
 
+def _known(method: str | None, options: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The options that the method takes; warns of others, which torchdiffeq leaves out with a warning too.
+
+    Raises:
+        UsageError: for an unknown method.
+    """
+    name = _DEFAULT if method is None else method
+    check_method(name)
+    if not options or options.keys() <= options_of(name):
+        return options
+    known = options_of(name)
+    sentences = [unknown("option", option, known) for option in options if option not in known]
+    warnings.warn(f"method {name!r} goes on without what it does not know: {' '.join(sentences)}", stacklevel=3)
+    return {option: value for option, value in options.items() if option in known}
+
+
 def _served(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None, options: dict[str, Any] | None,
             gradient: str) -> SolverConfig | None:  # fmt: skip
     """The configuration for our stepper, with torchdiffeq's defaults; None if the stepper cannot serve the call."""
-    name, options = method or "dopri5", dict(options or {})
+    name, options = method or _DEFAULT, dict(options or {})
     if not _regular(y0, t) or any(hasattr(func, callback) for callback in _CALLBACKS):
         return None
     if not all(isinstance(x, float | int) and x > 0 for x in (rtol, atol)) or (options and method is None):

@@ -13,7 +13,7 @@ import torch
 from neuralode.errors import UsageError
 from neuralode.ode.adjoint import AdjointSettings
 from neuralode.ode.clock import Clock, RowClock, Rows, host_values
-from neuralode.ode.methods import METHODS
+from neuralode.ode.methods import METHODS, OPTIONS_OF_ADAPTIVE_STEPS, OPTIONS_OF_FIXED_STEPS
 from neuralode.ode.observed_field import Field
 from neuralode.ode.packing import Packing
 from neuralode.ode.rows import Loop, RowIntegration, check_rows
@@ -22,17 +22,7 @@ from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import CountedField, Integration, Settings
 from neuralode.ode.tolerance import Tolerance, in_transform, largest_rms, rms
 
-OPTIONS = {
-    "first_step",
-    "max_num_steps",
-    "safety",
-    "ifactor",
-    "dfactor",
-    "norm",
-    "step_size",
-    "grid_constructor",
-    "steps_per_sync",
-}
+OPTIONS = OPTIONS_OF_FIXED_STEPS | OPTIONS_OF_ADAPTIVE_STEPS
 
 
 def unable(config: SolverConfig, by_sample: bool = False, outputs: int = 2, events: bool = False,

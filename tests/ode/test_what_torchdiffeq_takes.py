@@ -91,3 +91,45 @@ def test_parts_lie_in_memory_of_their_own() -> None:
     assert all(part[-1].view(-1).shape == (part[0].numel(),) for part in parts)
     conv, y0 = nn.Conv2d(3, 3, 3, padding=1), torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
     assert neuralode.odeint(lambda t, y: torch.tanh(conv(y)), y0, T01)[-1].view(2, -1).shape == (2, 48)
+
+
+@pytest.mark.parametrize("function", ["odeint", "odeint_adjoint"])
+@pytest.mark.parametrize(
+    ("method", "option", "near"),
+    [
+        ("dopri5", "saftey", "safety"),
+        ("rk4", "max_num_steps", ""),
+        ("dopri5", "step_size", ""),
+        ("scipy_solver", "a", ""),
+    ],
+)
+def test_options_that_a_method_does_not_know_are_left_out_with_a_warning(
+    function: str, method: str, option: str, near: str
+) -> None:
+    field, y0 = nn.Linear(2, 2), torch.ones(3, 2)
+
+    def call(package: Any, options: dict[str, Any]) -> torch.Tensor:
+        module = nn.Module()
+        module.forward = lambda t, y: torch.tanh(field(y))
+        with torch.no_grad():
+            return getattr(package, function)(module, y0, T01, method=method, options=options)  # type: ignore[no-any-return]
+
+    with pytest.warns(UserWarning, match=option) as said:
+        ours = call(neuralode, {option: 1})
+    assert len([w for w in said if option in str(w.message)]) == 1
+    assert f"did you mean '{near}'" in str(said[0].message) or not near
+    torch.testing.assert_close(ours, call(neuralode, {}), rtol=0, atol=0)
+    with pytest.warns(UserWarning, match=option):
+        torch.testing.assert_close(ours, call(torchdiffeq, {option: 1}), rtol=1e-5, atol=1e-5)
+
+
+def test_an_option_that_a_method_of_ours_does_not_know() -> None:
+    with pytest.warns(UserWarning, match=r"'tsit5' .*'firststep'; did you mean 'first_step'"):
+        neuralode.odeint(lambda t, y: -y, torch.ones(2), T01, method="tsit5", options={"firststep": 0.1})
+
+
+@pytest.mark.parametrize("function", ["odeint", "odeint_adjoint"])
+def test_no_name_is_no_method(function: str) -> None:
+    for package in BOTH:
+        with pytest.raises(ValueError, match=r"[Mm]ethod"):
+            getattr(package, function)(nn.Linear(2, 2), torch.ones(2), T01, method="")
