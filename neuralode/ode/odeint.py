@@ -7,6 +7,8 @@ What our stepper knows goes there. Anything else goes to torchdiffeq itself: its
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import warnings
 from collections.abc import Callable
@@ -78,8 +80,9 @@ def odeint_adjoint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, ato
     known = isinstance(func, torch.nn.Module) and tolerances and not foreign
     config = _served(func, y0, t, rtol, atol, method, options, "adjoint") if known else None
     if config is not None:
-        config.adjoint_rtol, config.adjoint_atol = adjoint_rtol, adjoint_atol
-        config.adjoint_seminorm = bool(adjoint_options)
+        config = dataclasses.replace(
+            config, adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol, adjoint_seminorm=bool(adjoint_options)
+        )
         with contextlib.suppress(FieldError):
             return _states(func, y0, t, config)
     return torchdiffeq.odeint_adjoint(
@@ -160,10 +163,22 @@ def _served(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None
         if options.get("step_size") is None:
             options.setdefault("grid_constructor", _the_times)
         options.setdefault("interp", "linear")
+    try:
+        return _configured(name, rtol, atol, gradient, tuple(options.items()))
+    except TypeError:  # an option that is no key
+        return _configured.__wrapped__(name, rtol, atol, gradient, tuple(options.items()))
+
+
+@functools.lru_cache(maxsize=64)
+def _configured(
+    method: str, rtol: float, atol: float, gradient: str, given: tuple[tuple[str, Any], ...]
+) -> SolverConfig | None:
+    """The configuration, which nobody may change; None if the stepper cannot serve it."""
+    options = dict(given)
     limit = options.pop("max_num_steps", None)
     try:
         config = SolverConfig(
-            method=name, rtol=rtol, atol=atol, gradient=gradient, checkpoint="never", max_steps=_UNLIMITED,
+            method=method, rtol=rtol, atol=atol, gradient=gradient, checkpoint="never", max_steps=_UNLIMITED,
             max_steps_between=limit, options=options,
         )  # fmt: skip
     except (UsageError, TypeError, ValueError):
