@@ -120,11 +120,12 @@ class Rows:
         self.shared = shared
         self.count = 1 if shared else len(y)
         self.shape = () if shared else (self.count, *[1] * (y.dim() - 1))
+        self.several = (-1, *[1] * y.dim()) if shared else (-1, *self.shape)
         self.real = y.dtype.to_real()
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """[R] in a shape that broadcasts against the state, and in its precision."""
-        return (x.to(self.real) if x.is_floating_point() else x).reshape(self.shape)
+        """[R] in a shape that broadcasts against the state, and in its precision; [C, R] against C states."""
+        return (x.to(self.real) if x.is_floating_point() else x).reshape(self.shape if x.dim() < 2 else self.several)
 
     def rms(self, x: torch.Tensor) -> torch.Tensor:
         """Root mean square of each row, [R]."""
@@ -142,8 +143,8 @@ class RowStep(NamedTuple):
     plan: None
     outputs: range
     """Indices of the pieces that dense output gave in this step."""
-    inner: tuple[torch.Tensor, ...]
-    """For each piece, the index of the output time that each row reads there, [R]; zero for none."""
+    inner: torch.Tensor | None
+    """For each piece, the index of the output time that each row reads there, [C, R]; zero for none."""
 
 
 class RowClock:
@@ -165,21 +166,23 @@ class RowClock:
         t = self.grid[:, 0] + (step.t - self.values[:, 0]).to(self.grid)
         return spread(t), spread(torch.where(step.lands, carrying(step.h, self.grid[:, -1] - t), step.h))
 
-    def fraction(self, output: torch.Tensor, t: torch.Tensor, step: Step) -> torch.Tensor:
-        """Where in a step, which starts at t, [R], the output times of that index, [R], lie; 0 in rows without one."""
-        spread, index = self.rows.spread, output[:, None]
-        way = spread(self.values.gather(1, index)[:, 0] - t)
+    def fractions(self, outputs: torch.Tensor, t: torch.Tensor, step: Step) -> torch.Tensor:
+        """Where in a step, which starts at t, [R], output times lie, by their indices, [C, R]; 0 in rows without one.
+
+        They broadcast against C states.
+        """
+        spread, index = self.rows.spread, outputs.T
+        way = spread((self.values.gather(1, index) - t[:, None]).T)
         if self.moves:
-            way = carrying(way, spread(self.grid.gather(1, index)[:, 0]) - step.t)
+            way = carrying(way, spread(self.grid.gather(1, index).T) - step.t)
         still = step.h == 0
         return torch.where(still, 0.0, way / torch.where(still, 1.0, step.h))
 
     def reads_densely(self, step: RowStep) -> bool:
-        return bool(step.inner)
+        return step.inner is not None
 
     def read(self, method: Method, step: Step, record: RowStep, field: Evaluate) -> list[torch.Tensor]:
         """The dense output at the output times of this step, one piece for each time that some row reads."""
-        if not record.inner:
+        if record.inner is None:
             return []
-        at = method.interpolant(step, field)
-        return [at(self.fraction(output, record.t, step)) for output in record.inner]
+        return list(method.interpolant(step, field)(self.fractions(record.inner, record.t, step)).unbind())

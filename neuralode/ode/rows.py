@@ -118,7 +118,7 @@ class RowIntegration:
         lands = self.size * self._stretch >= rest  # true of the rows that have ended, whose rest is zero
         size = torch.where(lands, rest, self.size)
         graphs = self.field.graphs
-        record = RowStep(self.t, self.direction * size, lands, None, range(0), ())
+        record = RowStep(self.t, self.direction * size, lands, None, range(0), None)
         step = settings.method.step(self.field, *self.clock.place(record), y, f0, None)
         accepted = ~self.ended
         if settings.method.adaptive:
@@ -128,7 +128,7 @@ class RowIntegration:
                 # autograd would carry the overflow of a rejected row into the gradient of all: step again without it
                 record = record._replace(h=record.h * accepted)
                 step = settings.method.step(self.field, *self.clock.place(record), y, f0, None)
-        record = RowStep(self.t, record.h * accepted, lands & accepted, None, range(0), ())
+        record = RowStep(self.t, record.h * accepted, lands & accepted, None, range(0), None)
         self._move(step, record, accepted, on_step)
         self.in_graph += self.field.graphs - graphs
 
@@ -231,8 +231,10 @@ class RowIntegration:
     def _read(self, readings: list[float]) -> None:
         """Reads the output times that the steps of the chunk passed: as many a step as the row that passed most."""
         for (index, step, before, passed), count in zip(self._unread, readings, strict=True):
-            wanted = [before + i for i in range(int(count))]
-            inner = tuple(torch.where(output < passed, output, 0) for output in wanted)
+            if not count:
+                continue
+            wanted = before + torch.arange(int(count), device=before.device)[:, None]
+            inner = torch.where(wanted < passed, wanted, 0)
             outputs = range(len(self.outputs), len(self.outputs) + len(inner))
             record = self.accepted[index] = self.accepted[index]._replace(outputs=outputs, inner=inner)
             graphs = self.field.graphs
@@ -285,7 +287,7 @@ class RowIntegration:
             return torch.stack([y0, *pieces, *[final] * (outputs - 1 - len(pieces))])
         inner = y0.new_zeros((outputs - 2) * self.rows.count, *y0.shape[1:])
         if pieces:  # none, if events ended all samples before
-            where = torch.cat([index for record in self.accepted for index in record.inner])
+            where = torch.cat([record.inner.flatten() for record in self.accepted if record.inner is not None])
             samples = torch.arange(self.rows.count, device=where.device).repeat(len(where) // self.rows.count)
             read = where > 0
             place = (where[read] - 1) * self.rows.count + samples[read]
