@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from neuralode.kernels.library import Runtime, library, runtime
-from neuralode.kernels.task import Int, Long, Pointer
+from neuralode.kernels.task import Double, Int, Long, Pointer
 
 
 class _Slopes(ctypes.Structure):
@@ -58,6 +59,77 @@ def error_ratio(slopes: Sequence[torch.Tensor], weights: Sequence[float], y: tor
     ratio: float = _call("error_ratio", y, given, y.data_ptr(), y1.data_ptr(), rtol, atol)
     del alive
     return ratio
+
+
+class _RowControl(ctypes.Structure):
+    _fields_ = [
+        *((name, Double) for name in (
+            "rtol", "atol", "integral", "proportional", "derivative", "safety", "min_factor", "max_factor")),
+        ("order", Int),
+        *((name, Pointer) for name in (
+            "step", "size", "ceiling", "last", "before", "accepted", "broken", "next_size", "next_ceiling",
+            "next_last", "next_before")),
+    ]  # fmt: skip
+
+
+class Sizes(NamedTuple):
+    """What a controller knows of rows that have steps of their own, [R] in double precision."""
+
+    size: torch.Tensor
+    """Of the step to come."""
+    ceiling: torch.Tensor
+    """How much it may be to the one before."""
+    last: torch.Tensor
+    """Error ratio of the last accepted step."""
+    before: torch.Tensor
+    """And of the one before that."""
+
+
+class Judged(NamedTuple):
+    """What is made of a step of such rows."""
+
+    accepted: torch.Tensor
+    broken: torch.Tensor
+    """Whether the error is not finite, [R]."""
+    sizes: Sizes
+    breaks: int
+    """How many are broken."""
+
+
+def judge_rows(slopes: Sequence[torch.Tensor], weights: Sequence[float], y: torch.Tensor, y1: torch.Tensor,
+               tolerances: tuple[float, float], control: tuple[float, ...], order: int, step: torch.Tensor,
+               state: Sizes) -> Judged:  # fmt: skip
+    """Which rows accept their step, whose error is step · Σⱼ weights[j]·slopes[j], and the sizes that come next.
+
+    Args:
+        control: integral, proportional, derivative, safety, min_factor and max_factor of a Controller.
+        order: of the error's estimate.
+        step: signed sizes, [R] in double precision.
+    """
+    loaded = library()
+    assert loaded is not None
+    given, alive = _slopes(y, slopes, weights)
+    rows = len(step)
+    flags = torch.empty(2, rows, dtype=torch.bool)
+    remembers = bool(control[1] or control[2])
+    numbers = torch.empty(4 if remembers else 2, rows, dtype=torch.double)
+    kept = [x.contiguous() for x in (step, *state)]
+    found = _RowControl(
+        *tolerances, *control, order, *[x.data_ptr() for x in kept], *_rows_of(flags), *_rows_of(numbers)
+    )
+    breaks = loaded.functions.neuralode_judge_rows(
+        y.dtype == torch.float64, ctypes.addressof(given), y.data_ptr(), y1.data_ptr(), rows, ctypes.addressof(found)
+    )
+    del alive
+    accepted, broken = flags
+    size, ceiling, *later = numbers
+    return Judged(accepted, broken, Sizes(size, ceiling, *(later or state[2:])), breaks)
+
+
+def _rows_of(x: torch.Tensor) -> list[int]:
+    """Where the rows of a matrix lie."""
+    start, row = x.data_ptr(), x.stride(0) * x.element_size()
+    return [start + i * row for i in range(len(x))]
 
 
 def _call(name: str, like: torch.Tensor, slopes: _Slopes, *rest: int | float) -> float:

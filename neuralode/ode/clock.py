@@ -185,4 +185,6 @@ class RowClock:
         """The dense output at the output times of this step, one piece for each time that some row reads."""
         if record.inner is None:
             return []
-        return list(method.interpolant(step, field)(self.fractions(record.inner, record.t, step)).unbind())
+        at, fractions = method.interpolant(step, field), self.fractions(record.inner, record.t, step)
+        states = at.by_row(fractions.flatten(1)) if isinstance(at, Polynomial) else at(fractions)
+        return list(states.unbind())

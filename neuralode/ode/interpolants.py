@@ -67,15 +67,19 @@ class Polynomial:
 
     def __call__(self, theta: Any) -> torch.Tensor:
         if isinstance(theta, torch.Tensor):
-            # in double precision, as for a float: the coefficients of a high order are large and cancel each other
-            theta, real = theta.double(), self.y0.dtype.to_real()
-            degrees = torch.arange(1, len(self.rows[0]) + 1, dtype=theta.dtype, device=theta.device)
-            table = torch.tensor(self.rows, dtype=theta.dtype, device=theta.device)
-            found = ((theta[..., None] ** degrees) @ table.T).to(real).unbind(-1)
+            found = self._table(theta).unbind(-1)
             weights: list[Any] = [w if any(row) else 0.0 for row, w in zip(self.rows, found, strict=True)]
         else:
             weights = self._weights(theta)
         return advance(self.y0, self.h, increment(self.stages, weights))
+
+    def by_row(self, theta: torch.Tensor) -> torch.Tensor:
+        """Row r of the state, or all of it if R is 1, at the fractions theta[:, r], [C, R]; states [C, *shape]."""
+        rows = theta.shape[1]
+        weights = self._table(theta) * (self.h.reshape(-1, 1) if isinstance(self.h, torch.Tensor) else self.h)
+        slopes = torch.stack(list(self.stages)).reshape(len(self.stages), rows, -1)
+        change = torch.bmm(weights.transpose(0, 1).to(slopes.dtype), slopes.transpose(0, 1)).transpose(0, 1)
+        return self.y0 + change.reshape(len(theta), *self.y0.shape)
 
     def many(self, thetas: Sequence[float]) -> Sequence[torch.Tensor]:
         """The states at several fractions of a step whose size is a float, in one product of matrices."""
@@ -83,6 +87,16 @@ class Polynomial:
         table = torch.tensor(weights, dtype=self.y0.dtype, device=self.y0.device)
         stages = torch.stack(list(self.stages)).reshape(len(self.stages), -1)
         return (self.y0 + (table @ stages).reshape(len(thetas), *self.y0.shape)).unbind()
+
+    def _table(self, theta: torch.Tensor) -> torch.Tensor:
+        """bᵢ(θ), i along the last dimension.
+
+        In double precision, as for a float: the coefficients of a high order are large and cancel each other.
+        """
+        theta, real = theta.double(), self.y0.dtype.to_real()
+        degrees = torch.arange(1, len(self.rows[0]) + 1, dtype=theta.dtype, device=theta.device)
+        table = torch.tensor(self.rows, dtype=theta.dtype, device=theta.device)
+        return ((theta[..., None] ** degrees) @ table.T).to(real)
 
     def _weights(self, theta: float) -> list[float]:
         return [_horner(row, theta) if any(row) else 0.0 for row in self.rows]

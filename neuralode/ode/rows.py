@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from neuralode.errors import UsageError
+from neuralode.kernels.stages import Sizes
+from neuralode.ode import combine
 from neuralode.ode.clock import RowClock, RowStep
 from neuralode.ode.dense import RowDenseOutput
-from neuralode.ode.explicit import Step
+from neuralode.ode.explicit import RungeKutta, Step
 from neuralode.ode.packing import Packing
 from neuralode.ode.solution import Stats, Status
 from neuralode.ode.stepper import CountedField, Extras, Failure, Integration, Settings
@@ -65,6 +67,7 @@ class RowIntegration:
         self._resolution = torch.finfo(rows.real).eps * torch.maximum(times.abs().amax(1), (self.end - self.t).abs())
         self._finest = float(self._resolution.max()) if chunk == 1 else 0.0
         self._grew = torch.ones((), dtype=self.t.dtype, device=y.device)
+        self._judges = chunk == 1 and not rows.shared
 
     def run(self, pause: Callable[[], bool] | None = None, on_step: Callable[[Step], None] | None = None) -> None:
         """Steps until every row has ended, or until `pause()` is true after a chunk."""
@@ -122,7 +125,7 @@ class RowIntegration:
         step = settings.method.step(self.field, *self.clock.place(record), y, f0, None)
         accepted = ~self.ended
         if settings.method.adaptive:
-            within, sound = self._control(step, size)
+            within, sound = self._control(step, size, record.h)
             accepted = accepted & within
             if not sound and torch.is_grad_enabled():
                 # autograd would carry the overflow of a rejected row into the gradient of all: step again without it
@@ -132,13 +135,23 @@ class RowIntegration:
         self._move(step, record, accepted, on_step)
         self.in_graph += self.field.graphs - graphs
 
-    def _control(self, step: Step, size: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    def _control(self, step: Step, size: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Sets the sizes that come next.
 
         Returns:
             Which rows are within tolerance, and whether all that the host has looked at is finite.
         """
         settings, control = self.settings, self.settings.controller
+        method = settings.method
+        if self._judges and isinstance(method, RungeKutta):
+            judged = combine.judge_rows(
+                step.stages, method.error_row, h, step.y0, step.y1, settings.tolerance, control, method.error_order,
+                Sizes(size, self._ceiling, self.last, self.before),
+            )  # fmt: skip
+            if judged is not None:
+                self.size, self._ceiling, self.last, self.before = judged.sizes
+                self._broken = judged.broken
+                return judged.accepted, not judged.breaks
         looks = self.chunk == 1 or (torch.is_grad_enabled() and not self._hides_overflow())
         with torch.no_grad():
             scale = torch.maximum(step.y0.abs(), step.y1.abs()) * settings.tolerance.rtol + settings.tolerance.atol

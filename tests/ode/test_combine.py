@@ -11,6 +11,7 @@ from torch import nn
 from neuralode import solve
 from neuralode.kernels.library import library, why_not
 from neuralode.ode import combine
+from neuralode.ode.controllers import Controller
 from neuralode.ode.tolerance import Tolerance
 
 pytestmark = pytest.mark.skipif(library() is None, reason=why_not())
@@ -119,3 +120,49 @@ def test_a_solve_with_and_without(method: str, checkpoint: str | int, monkeypatc
         monkeypatch.setattr("neuralode.kernels.stages.library", lambda: None)
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def spreading(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Samples that need steps of very different sizes."""
+    return torch.linspace(0.1, 30, len(y), dtype=y.dtype)[:, None] * torch.stack([y[:, 1], -y[:, 0] * y[:, 1].cos()], 1)
+
+
+@pytest.mark.parametrize("controller", ["I", "PI", "PID"])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "dop853"])
+def test_rows_are_judged_as_by_operations(method: str, controller: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    y0, _ = state(17, 2)
+    y0.requires_grad_()
+    found = []
+    for by_operations in (False, True):
+        if by_operations:
+            monkeypatch.setattr(combine, "judge_rows", lambda *_: None)
+        solution = solve(spreading, y0, [0.0, 0.5, 2.0], method=method, controller=controller, rtol=1e-5, atol=1e-7,
+                         per_sample=True, engine="stepper")  # fmt: skip
+        (gradient,) = torch.autograd.grad(solution.ys.square().sum(), y0)
+        found.append((solution.ys, gradient, solution.stats.accepted_per_sample, solution.stats.rejected_per_sample))
+        assert solution.stats.rejected_per_sample is not None
+        assert int(solution.stats.rejected_per_sample.max()) > 0
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 3, 1500])
+def test_a_row_that_is_not_finite_is_broken_and_the_others_are_not(width: int, dtype: torch.dtype) -> None:
+    y, slopes = state(4, width, dtype=dtype)
+    slopes[2][1, 0], slopes[3][2, -1] = math.nan, math.inf
+    ones = torch.ones(4, dtype=torch.float64)
+    sizes = combine.kernels.Sizes(ones, 10 * ones, ones, ones)
+    judged = combine.judge_rows(slopes, ROW, 1e-9 * ones, y, y, Tolerance(1e-3, 1e-3), Controller(), 5, sizes)
+    assert judged is not None
+    assert judged.breaks == 2
+    assert judged.broken.tolist() == [False, True, True, False]
+    assert judged.accepted.tolist() == [True, False, False, True]
+    torch.testing.assert_close(judged.sizes.size, torch.tensor([9.0, 0.2, 0.2, 9.0]).double(), rtol=0.5, atol=0)
+
+
+def test_the_kernels_leave_rows_alone_that_they_do_not_know() -> None:
+    y, slopes = state(4, 2)
+    ones = torch.ones(4, dtype=torch.float64)
+    sizes = combine.kernels.Sizes(ones, ones, ones, ones)
+    for given, tolerance in (((y, y.mT.contiguous().mT), Tolerance(1e-3, 1e-3)), ((y, y), Tolerance(ones, 1e-3))):
+        assert combine.judge_rows(slopes, ROW, ones, *given, tolerance, Controller(), 5, sizes) is None

@@ -66,6 +66,12 @@ EXPORT void neuralode_pull_stage(int doubles, const Slopes* slopes, const void* 
             : pull_stage(*slopes, (const float*)g, (float* const*)to, *workers);
 }
 
+EXPORT int64_t neuralode_judge_rows(int doubles, const Slopes* slopes, const void* y, const void* y1, int64_t rows,
+                                    const RowControl* control) {
+    return doubles ? judge_rows(*slopes, (const double*)y, (const double*)y1, rows, *control)
+                   : judge_rows(*slopes, (const float*)y, (const float*)y1, rows, *control);
+}
+
 EXPORT double neuralode_error_ratio(int doubles, const Slopes* slopes, const void* y, const void* y1, double rtol,
                                     double atol, const Workers* workers) {
     return doubles ? error_ratio(*slopes, (const double*)y, (const double*)y1, rtol, atol, *workers)

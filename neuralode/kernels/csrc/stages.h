@@ -78,6 +78,61 @@ inline void pull_stage(const Slopes& s, const T* g, T* const* to, const Workers&
     });
 }
 
+// Step-size control of rows that have steps of their own: the controller's numbers, and [rows] each of the rest.
+struct RowControl {
+    double rtol, atol, integral, proportional, derivative, safety, min_factor, max_factor;
+    int32_t order;  // of the error's estimate
+    const double *step, *size, *ceiling, *last, *before;  // step: signed; last, before: error ratios of accepted steps
+    uint8_t *accepted, *broken;                           // broken: the error is not finite
+    double *next_size, *next_ceiling, *next_last, *next_before;
+};
+
+// Root mean square of h Σ w k over rtol · max(|y|, |y1|) + atol for a row; NaN where one of them is.
+template <typename T>
+inline double row_ratio(const Slopes& s, const T* y, const T* y1, int64_t start, int64_t width, T h, T rtol, T atol) {
+    double total = 0;
+    for (int64_t from = start; from < start + width; from += PIECE) {
+        const int64_t size = std::min(PIECE, start + width - from);
+        T sum[PIECE];
+        combine(s, from, size, sum);
+        T squares = 0;
+        for (int64_t i = 0; i < size; i++) {
+            const T a = std::fabs(y[from + i]), b = std::fabs(y1[from + i]);
+            const T ratio = h * sum[i] / ((a > b || a != a ? a : b) * rtol + atol);
+            squares += ratio * ratio;
+        }
+        total += squares;
+    }
+    return std::sqrt(total / std::max<int64_t>(1, width));
+}
+
+// Whether each row's step stands, and how long its next one may be; returns the number of broken rows.
+template <typename T>
+inline int64_t judge_rows(const Slopes& s, const T* y, const T* y1, int64_t rows, const RowControl& c) {
+    const int64_t width = s.count / rows;
+    const bool remembers = c.proportional != 0 || c.derivative != 0;
+    const double now = -(c.integral + c.proportional + c.derivative) / c.order;
+    const double then = (c.proportional + 2 * c.derivative) / c.order, earlier = -c.derivative / c.order;
+    int64_t broken = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        double ratio = row_ratio(s, y, y1, r * width, width, T(c.step[r]), T(c.rtol), T(c.atol));
+        const bool accepted = ratio <= 1;
+        c.accepted[r] = accepted;
+        broken += c.broken[r] = !std::isfinite(ratio);
+        ratio = std::isfinite(ratio) ? std::min(std::max(ratio, 1e-10), 1e10) : 1e10;
+        double factor = c.safety * std::pow(ratio, now);
+        if (remembers) factor *= std::pow(c.last[r], then) * std::pow(c.before[r], earlier);
+        factor = std::max(factor, c.min_factor);
+        if (accepted && !remembers) factor = std::max(factor, 1.0);  // an accepted step does not shrink the next
+        c.next_ceiling[r] = accepted ? c.max_factor : 1;             // after a rejected one no step grows
+        c.next_size[r] = c.size[r] * std::min(factor, std::min(c.ceiling[r], c.next_ceiling[r]));
+        if (!remembers) continue;
+        c.next_before[r] = accepted ? c.last[r] : c.before[r];
+        c.next_last[r] = accepted ? ratio : c.last[r];
+    }
+    return broken;
+}
+
 // Root mean square of Σ w k over rtol · max(|y|, |y1|) + atol; NaN where one of them is.
 template <typename T>
 inline double error_ratio(const Slopes& s, const T* y, const T* y1, double rtol, double atol, const Workers& workers) {
