@@ -14,7 +14,7 @@ from neuralode.ode.dense import DenseOutput
 from neuralode.ode.diagnosis import diagnosis
 from neuralode.ode.explicit import moment
 from neuralode.ode.packing import Packing
-from neuralode.ode.parameters import Autocast, HeldField, new_mark, refuse_more_leaves
+from neuralode.ode.parameters import Autocast, HeldField, new_mark, refuse_another_field, refuse_more_leaves
 from neuralode.ode.solution import SolveError, Stats
 from neuralode.ode.stepper import CountedField, Failure, Integration, Settings
 from neuralode.ode.tolerance import in_transform, largest_rms
@@ -66,13 +66,17 @@ class _Adjoint(torch.autograd.Function):
         integration.detach()
         autocast = Autocast(y)
         with autocast.restored():
-            integration.run()
+            with evaluate.solving(inputs):
+                integration.run()
+            with evaluate.as_solved():
+                # evaluated anew, as the backward pass will: a step's last stage may be a rounding off the last time
+                ctx.slope = integration.field(integration.moment(), integration.y).clone()
         ctx.evaluate, ctx.adjoint, ctx.stats = evaluate, adjoint, stats
         ctx.dense = integration.dense_output(Packing(y)) if adjoint.interpolated else None
         outputs = tuple(state.clone() for state in integration.outputs)
         # the constants are saved so that autograd notices if they were changed in place since
         ctx.save_for_backward(ts, torch.stack(outputs), *inputs, *evaluate.constants)
-        ctx.inputs, ctx.autocast = inputs, autocast
+        ctx.inputs, ctx.autocast, ctx.end = inputs, autocast, integration.t
         return outputs
 
     @staticmethod
@@ -85,6 +89,8 @@ class _Adjoint(torch.autograd.Function):
         ctx.evaluate.begin_backward()
         equation = _Equation(ctx.evaluate, inputs, wanted, ys[0], ctx.stats, ctx.dense)
         with ctx.autocast.restored():
+            with ctx.evaluate.as_solved():
+                refuse_another_field(ctx.evaluate(moment(ctx.end, ys[-1]), ys[-1]), ctx.slope)
             gradient = cotangents[-1].clone()
             parameters = equation.zeros()
             slopes = torch.zeros_like(ts)

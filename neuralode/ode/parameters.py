@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from neuralode.errors import FieldError, UsageError
-from neuralode.ode.packing import Packing, alike, lasting
+from neuralode.ode.packing import Packing, alike, lasting, writes
 
 REMEDY = "give gradient='exact' with checkpoint='never' to the solve."
 """What helps where a field that is evaluated again would not give the gradient of the solve."""
@@ -29,10 +30,16 @@ class HeldField:
     def __init__(self, field: Callable[..., Any], args: Sequence[Any], packing: Packing):
         self.field, self.args, self.packing = field, tuple(args), packing
         self.module = field if isinstance(field, nn.Module) else None
+        buffers: dict[str, torch.Tensor] = {}
         self.captured: dict[str, torch.Tensor] = {}
         if self.module is not None:
-            self.captured = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+            buffers = dict(self.module.named_buffers())
+            self.captured = {**dict(self.module.named_parameters()), **buffers}
+        self._buffers = [x for x in buffers.values() if _plain(x)]
         self._rebind = False
+        self._read: list[torch.Tensor] = []
+        self._places: list[Any] = []
+        self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
     def registered(self) -> list[torch.Tensor]:
@@ -56,11 +63,40 @@ class HeldField:
             dy = self.field(t, state, *self.args)
         return lasting(alike(self.packing.pack(dy), y))
 
+    @contextlib.contextmanager
+    def solving(self, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Around the solve. What it only reads, `inputs` among it, has to stay as it is until the backward pass."""
+        others = [x for x in self.captured.values() if not x.requires_grad]
+        before = _places(others)
+        yield
+        same = [now == then for now, then in zip(_places(others), before, strict=True)]
+        self._left = [(x, x.clone()) for x, kept in zip(others, same, strict=True) if not kept]
+        self._read = [*inputs, *(x for x, kept in zip(others, same, strict=True) if kept)]
+        self._places = _places(self._read)
+
     def begin_backward(self) -> None:
-        """Says that a backward pass begins: the module may hold other tensors by now."""
+        """Says that a backward pass begins: the module may hold other tensors by now.
+
+        Raises:
+            UsageError: if one that it held, and that the solve only read, has changed.
+        """
+        if _places(self._read) != self._places:
+            raise UsageError(f"a parameter or a buffer was changed {_SINCE}; take the gradient first, or {REMEDY}")
         if self.module is not None:
             now = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
             self._rebind = any(now.get(name) is not tensor for name, tensor in self.captured.items())
+
+    @contextlib.contextmanager
+    def as_solved(self) -> Iterator[None]:
+        """Inside, the buffers that the solve wrote to are as it left them, and evaluations leave all buffers as they
+        were: they are no evaluations more, for a running average or a counter."""
+        # all of them, by values: BatchNorm writes without a trace in the count of writes, and so do we
+        before = [(x, x.clone()) for x in self._buffers]
+        _put(self._left)
+        try:
+            yield
+        finally:
+            _put(before)
 
     def all_inputs(self, evaluate: Callable[[], torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Every tensor besides t and y that the field sends a gradient to, `registered` first; and dy/dt.
@@ -79,6 +115,37 @@ class HeldField:
             mark = new_mark()
             dy = evaluate()
         return known + leaves_of([dy], known, mark), dy.detach()
+
+
+def _places(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int | None]]:
+    """Where tensors lie and how often they were changed: autograd does not see `.data = ...`, nor, where others' hooks
+    save the tensors, a change in place."""
+    return [(x.data_ptr() if x.layout is torch.strided else 0, writes(x)) for x in tensors]
+
+
+def _plain(x: torch.Tensor) -> bool:
+    """Whether a field can write to a tensor in place."""
+    return x.layout is torch.strided and not x.is_inference() and 0 not in x.stride()
+
+
+def _put(values: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for x, value in values:
+        x.data.copy_(value)
+
+
+_SINCE = "between the solve and its gradient, which evaluates the field again"
+
+
+def refuse_another_field(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Raises UsageError if what the field gives, or what follows from it, is not what it was in the solve."""
+    if not wanted.numel():
+        return
+    slack = torch.finfo(wanted.dtype).eps ** 0.5 * float(1e-3 + wanted.abs().nan_to_num().max())
+    if not torch.allclose(found, wanted, rtol=0.0, atol=slack, equal_nan=True):
+        raise UsageError(
+            f"the field, or what it reads, was changed {_SINCE}, or it draws random numbers; take the gradient first, "
+            f"draw before the solve, or {REMEDY}"
+        )
 
 
 class StandIns(TorchFunctionMode):

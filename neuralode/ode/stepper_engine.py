@@ -16,7 +16,7 @@ from neuralode.ode.events import Event, EventWatch
 from neuralode.ode.memory import MemoryBudget
 from neuralode.ode.observed_field import Field, tensors
 from neuralode.ode.packing import Packing, has_samples
-from neuralode.ode.parameters import HeldField
+from neuralode.ode.parameters import REMEDY, HeldField
 from neuralode.ode.recompute import solve_recomputing
 from neuralode.ode.rows import Loop
 from neuralode.ode.setup import adjoint_settings, begin
@@ -24,6 +24,7 @@ from neuralode.ode.solution import Events, SolveError, State, Stats, Status
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import CountedField, Failure, Integration
 from neuralode.ode.tolerance import all_finite, in_transform
+from neuralode.ode.unchanging import generators_of
 
 
 class Outcome(NamedTuple):
@@ -73,7 +74,7 @@ def _integrate(integration: Loop, field: Field, packing: Packing, config: Solver
     """Runs to the end under the checkpoint policy; the states [T, *shape], and the sums of estimates into `stats`."""
     if config.gradient == "adjoint" and torch.is_grad_enabled():
         held = HeldField(field, integration.field.args, packing)
-        inputs = _inputs(integration, held, recomputes=False)
+        inputs = _inputs(integration, held)
         assert isinstance(integration, Integration)
         return torch.stack(solve_with_adjoint(integration, held, inputs, adjoint_settings(config, integration), stats))
     policy = config.checkpoint
@@ -87,7 +88,7 @@ def _integrate(integration: Loop, field: Field, packing: Packing, config: Solver
     error, stiffness = integration.extras.error_sum, integration.extras.stiffness_sum
     if not integration.done:
         held = HeldField(field, integration.field.args, packing)
-        inputs = _inputs(integration, held, recomputes=True)
+        inputs = _inputs(integration, held)
         integration.extras.error_sum = integration.extras.stiffness_sum = None
         limit = None if isinstance(policy, str) else policy
         more = solve_recomputing(integration, held, inputs, limit, stats)
@@ -103,17 +104,17 @@ def _integrate(integration: Loop, field: Field, packing: Packing, config: Solver
     return integration.assemble(outputs, final)
 
 
-def _inputs(integration: Loop, held: HeldField, recomputes: bool) -> list[torch.Tensor]:
+def _inputs(integration: Loop, held: HeldField) -> list[torch.Tensor]:
     """What the field depends on besides t and y; the integration goes on from here without a graph."""
     y = integration.y.detach()
     torch.clear_autocast_cache()  # a weight cast before would hide the parameter behind it
-    drawn = torch.get_rng_state()
+    drawn = generators_of(y.device)
     inputs, slope = held.all_inputs(lambda: integration.field(integration.moment(), y))
     integration.f0 = slope
-    if recomputes and not torch.equal(drawn, torch.get_rng_state()):
+    if not all(map(torch.equal, drawn, generators_of(y.device))):
         raise UsageError(
-            "the field draws random numbers (dropout?), and recomputing a step would draw others; give "
-            "checkpoint='never', or draw them before the solve."
+            "the field draws random numbers (dropout?), and the backward pass, which evaluates it again, would draw "
+            f"others; draw before the solve, or {REMEDY}"
         )
     return inputs
 

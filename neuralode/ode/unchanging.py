@@ -58,7 +58,7 @@ def unchanging(field: Field, t: float, y0: torch.Tensor) -> Unchanging:
     if watch.opaque:
         raise NotCaptured("it names or holds what cannot be looked at")
     found = Unchanging(watch)
-    versions, generators = [x._version for x in found.tensors], _generators(y0.device)
+    versions, drawn = [x._version for x in found.tensors], generators_of(y0.device)
     buffers = [x.detach().clone() for x in found.buffers]
     time, y = y0.new_full((), t), y0.detach().clone()
     reads = _Reads([time, y], watch.held())
@@ -73,7 +73,7 @@ def unchanging(field: Field, t: float, y0: torch.Tensor) -> Unchanging:
         reason = "a call changes a tensor that the field holds"
         for buffer, before in zip(found.buffers, buffers, strict=True):
             buffer.data.copy_(before)
-    elif not all(map(torch.equal, generators, _generators(y0.device))):
+    elif not all(map(torch.equal, drawn, generators_of(y0.device))):
         reason = "it draws random numbers"
     elif reads.foreign:
         reason = "it reads a tensor that it does not hold"
@@ -105,6 +105,7 @@ class _Reads(TorchDispatchMode):
         self._known |= {id(x) for x in tensors}
 
 
-def _generators(device: torch.device) -> list[torch.Tensor]:
+def generators_of(device: torch.device) -> list[torch.Tensor]:
+    """Where PyTorch's generators stand, of which a field on the device may draw."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states

@@ -43,3 +43,20 @@ def test_a_field_may_give_a_parameter_itself(how: dict[str, Any]) -> None:
     by_start, by_speed = torch.autograd.grad(final.sum(), [y0, speed])
     torch.testing.assert_close(by_start, torch.ones_like(y0))
     torch.testing.assert_close(by_speed, torch.full_like(speed, 2.0))
+
+
+@pytest.mark.parametrize("how", AGAIN.values(), ids=AGAIN)
+def test_dropout_is_refused_where_the_backward_pass_would_draw_other_masks(how: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
+    field = lambda t, y: net(y)  # noqa: E731
+    with pytest.raises(UsageError, match=r"draws random numbers.*checkpoint='never'"):
+        solve(field, start(), [0.0, 1.0], method="rk4", step_size=0.1, engine="stepper", **how)
+    net.eval()
+    solve(field, start(), [0.0, 1.0], method="rk4", step_size=0.1, engine="stepper", **how).final.sum().backward()
+
+
+@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+def test_a_batch_without_samples(how: dict[str, Any]) -> None:
+    y0, rate = start()[:0], leaf(0.5)
+    solve(lambda t, y: rate * y, y0, [0.0, 1.0], engine="stepper", **how).final.sum().backward()
+    assert torch.equal(rate.grad, torch.zeros_like(rate))

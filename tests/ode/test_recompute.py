@@ -15,6 +15,9 @@ from neuralode.ode import solve
 from tests.ode.test_exact_gradient import assert_equal, leaf, mlp, start, weighed
 
 needs_kernels = pytest.mark.skipif(library() is None, reason=why_not())
+AGAIN = {"always": {"checkpoint": "always"}, "some": {"checkpoint": 2}, "budget": {"memory_budget": 1},
+         "adjoint": {"gradient": "adjoint"}}  # fmt: skip
+"""Ways that evaluate the field again in the backward pass."""
 KEPT = {"never": {"checkpoint": "never"}, "always": {"checkpoint": "always"}, "some": {"checkpoint": 2},
         "adjoint": {"gradient": "adjoint"}}  # fmt: skip
 
@@ -65,7 +68,7 @@ def test_a_module_given_other_parameters_since_keeps_the_gradient_of_the_solve(c
     assert_equal(torch.autograd.grad(weighed(ys), list(old.values())), wanted)
 
 
-@pytest.mark.parametrize("how", [KEPT["always"], KEPT["some"]], ids=["always", "some"])
+@pytest.mark.parametrize("how", AGAIN.values(), ids=AGAIN)
 def test_other_memory_of_a_parameter_is_noticed(how: dict[str, Any]) -> None:
     net = mlp()
     ys = solve(net, start(), [0.0, 1.0], engine="stepper", **how).ys
@@ -105,7 +108,7 @@ def test_the_kernels_keep_what_the_parameters_were(change: Any) -> None:
 
 
 @pytest.mark.parametrize("what", ["context", "buffer", "number"])
-@pytest.mark.parametrize("how", [KEPT["always"], KEPT["some"], {"memory_budget": 1}], ids=["always", "some", "budget"])
+@pytest.mark.parametrize("how", AGAIN.values(), ids=AGAIN)
 def test_another_field_since_is_noticed(what: str, how: dict[str, Any]) -> None:
     class Steered(nn.Module):
         def __init__(self) -> None:
@@ -128,12 +131,81 @@ def test_another_field_since_is_noticed(what: str, how: dict[str, Any]) -> None:
         weighed(ys).backward()
 
 
-@pytest.mark.parametrize("checkpoint", ["never", "always", 2])
-def test_hooks_of_parameters_run_on_the_whole_gradient(checkpoint: Any) -> None:
+@pytest.mark.parametrize("kind", ["buffer", "frozen", "memory"])
+@pytest.mark.parametrize("how", AGAIN.values(), ids=AGAIN)
+def test_what_only_the_first_steps_read_is_noticed(how: dict[str, Any], kind: str) -> None:
+    class Kicked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, kick = mlp(), torch.ones(2).double()
+            if kind == "frozen":
+                self.kick = nn.Parameter(kick, requires_grad=False)
+            else:
+                self.register_buffer("kick", kick)
+
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.net(t, y) * (self.kick if t < 0.4 else 1.0)
+
+    field = Kicked()
+    ys = solve(field, start(), [0.0, 1.0], method="rk4", step_size=0.1, engine="stepper", **how).ys
+    if kind == "memory":
+        field.kick.data = torch.zeros(2).double()
+    else:
+        field.kick.mul_(3)
+    with pytest.raises(UsageError, match="changed between the solve and its gradient"):
+        weighed(ys).backward()
+
+
+class Averaging(nn.Module):
+    """Keeps running averages and a count, in two ways: with and without a trace in the count of writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.norm = mlp(), nn.BatchNorm1d(2, dtype=torch.float64)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.net(t, self.norm(y))
+
+
+@pytest.mark.parametrize("checkpoint", ["always", 2])
+def test_steps_that_are_recomputed_do_not_count_again(checkpoint: Any) -> None:
+    found = []
+    for policy in ("never", checkpoint):
+        field = Averaging()
+        ys = solve(field, start(), [0.0, 1.0], method="rk4", step_size=0.1, engine="stepper", checkpoint=policy).ys
+        solve(field, start() + 1, [0.0, 1.0], method="rk4", step_size=0.1, engine="stepper")  # it goes on counting
+        before = [buffer.clone() for buffer in field.buffers()]
+        weighed(ys).backward()
+        assert_equal(list(field.buffers()), before)
+        found.append([parameter.grad for parameter in field.parameters()])
+    assert_equal(found[1], found[0])
+
+
+def test_a_field_that_settles_as_it_is_evaluated_is_not_taken_for_another() -> None:
+    class Settling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+            self.register_buffer("estimate", torch.zeros(()).double())
+
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            self.estimate += 0.01 * (1 - self.estimate)  # as the power iteration of a spectral norm
+            return self.net(t, y) * self.estimate
+
+    field = Settling()
+    ys = solve(field, start(), [0.0, 1.0], method="rk4", step_size=0.1, gradient="adjoint").ys
+    weighed(ys).backward()
+    assert all(parameter.grad is not None for parameter in field.parameters())
+
+
+@pytest.mark.parametrize("how", [KEPT["never"], KEPT["always"], KEPT["some"]], ids=["never", "always", "some"])
+def test_hooks_of_parameters_run_on_the_whole_gradient(how: dict[str, Any]) -> None:
     net, calls = mlp(), []
-    wanted = torch.autograd.grad(weighed(solve(net, start(), [0.0, 1.0]).ys), list(net.parameters()))
+    wanted = torch.autograd.grad(weighed(solve(net, start(), [0.0, 1.0], **how).ys), list(net.parameters()))
     for parameter in net.parameters():
         parameter.register_hook(lambda gradient: calls.append(1) or 2 * gradient)
-    weighed(solve(net, start(), [0.0, 1.0], engine="stepper", checkpoint=checkpoint).ys).backward()
+    weighed(solve(net, start(), [0.0, 1.0], engine="stepper", **how).ys).backward()
     assert len(calls) == len(wanted)
     assert_equal([parameter.grad for parameter in net.parameters()], [2 * gradient for gradient in wanted])
