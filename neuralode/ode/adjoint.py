@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,14 @@ from neuralode.ode.dense import DenseOutput
 from neuralode.ode.diagnosis import diagnosis
 from neuralode.ode.explicit import moment
 from neuralode.ode.packing import Packing
-from neuralode.ode.parameters import Autocast, HeldField, new_mark, refuse_another_field, refuse_more_leaves
+from neuralode.ode.parameters import (
+    Autocast,
+    HeldField,
+    new_mark,
+    refuse_another_field,
+    refuse_more_leaves,
+    stand_ins_for,
+)
 from neuralode.ode.solution import SolveError, Stats
 from neuralode.ode.stepper import CountedField, Failure, Integration, Settings
 from neuralode.ode.tolerance import in_transform, largest_rms
@@ -142,7 +150,7 @@ class _Equation:
     def __init__(self, evaluate: HeldField, known: Sequence[torch.Tensor], inputs: list[torch.Tensor],
                  like: torch.Tensor, stats: Stats, dense: DenseOutput | None):  # fmt: skip
         self.evaluate, self.inputs, self.like, self.stats, self.dense = evaluate, inputs, like, stats, dense
-        self.known = known
+        self.known, self.stand_ins = known, stand_ins_for(inputs)
         self.sizes = [x.numel() for x in inputs]
         with torch.enable_grad():
             self.mark = new_mark()
@@ -170,12 +178,15 @@ class _Equation:
             found = self.dense(t)
             assert isinstance(found, torch.Tensor)
             y = found
-        with torch.enable_grad():
+        moving = self.stand_ins.tensors if self.stand_ins else self.inputs
+        with torch.enable_grad(), self.stand_ins or contextlib.nullcontext():
             y = y.detach().requires_grad_()
             dy = self.evaluate(t, y)
-        refuse_more_leaves([dy], [y, *self.known], self.mark)
+        if self.stand_ins:
+            self.stand_ins.refuse_originals([dy])
+        refuse_more_leaves([dy], [y, *self.known, *moving], self.mark)
         a = state[:size].view_as(self.like)
-        sources = [y, *self.inputs]
+        sources = [y, *moving]
         products: tuple[torch.Tensor | None, ...] = (None,) * len(sources)
         if dy.requires_grad:
             products = torch.autograd.grad(dy, sources, -a, allow_unused=True)

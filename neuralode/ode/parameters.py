@@ -61,7 +61,8 @@ class HeldField:
             dy = functional_call(self.module, self.captured, (t, state, *self.args))
         else:
             dy = self.field(t, state, *self.args)
-        return lasting(alike(self.packing.pack(dy), y))
+        # as a new tensor: the field may give a parameter itself, in whose place a stand-in could not come
+        return lasting(alike(self.packing.pack(dy), y)).view_as(y)
 
     @contextlib.contextmanager
     def solving(self, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -156,12 +157,27 @@ class StandIns(TorchFunctionMode):
 
     def __init__(self, inputs: Sequence[torch.Tensor]):
         super().__init__()
+        self._inputs = inputs
         self.tensors = [x.detach().requires_grad_() for x in inputs]
         self._of = {id(x): y for x, y in zip(inputs, self.tensors, strict=True)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(lambda x: self._of.get(id(x), x), (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def refuse_originals(self, results: Sequence[torch.Tensor]) -> None:
+        """Raises UsageError if a gradient of the results would reach a tensor itself, past its stand-in."""
+        originals = {get_gradient_edge(x).node for x in self._inputs}
+        if any(node in originals for node in _nodes(results, set())):
+            raise UsageError(
+                "the field hands a parameter to an autograd.Function while one of its parameters has hooks, which "
+                f"would run on each share of the gradient; remove the hooks, or {REMEDY}"
+            )
+
+
+def stand_ins_for(inputs: Sequence[torch.Tensor]) -> StandIns | None:
+    """Where one has hooks, which are to run on its whole gradient, not on each step's share of it."""
+    return StandIns(inputs) if any(x._backward_hooks for x in inputs) else None
 
 
 def new_mark() -> int:
@@ -176,16 +192,10 @@ def leaves_of(results: Sequence[torch.Tensor], known: Sequence[torch.Tensor], ma
     Raises:
         UsageError: if a result depends on something computed before the mark.
     """
-    seen = {x.grad_fn for x in known if x.grad_fn is not None}
+    seen: set[Any] = {x.grad_fn for x in known if x.grad_fn is not None}
     names = {id(x) for x in known}
     leaves: list[torch.Tensor] = []
-    # a result may be a leaf itself, which has a node but no grad_fn
-    pending: list[Any] = [get_gradient_edge(result).node for result in results if result.requires_grad]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in _nodes(results, seen):
         if hasattr(node, "variable"):
             leaves += [node.variable] if id(node.variable) not in names else []
         elif node._sequence_nr() < mark:
@@ -193,9 +203,20 @@ def leaves_of(results: Sequence[torch.Tensor], known: Sequence[torch.Tensor], ma
                 "the field uses a tensor that was computed outside it from others that require a gradient, and "
                 f"recomputing the field could not reach those; hand the tensor over through args=(...), or {REMEDY}"
             )
-        else:
-            pending.extend(child for child, _ in node.next_functions)
     return leaves
+
+
+def _nodes(results: Sequence[torch.Tensor], seen: set[Any]) -> Iterator[Any]:
+    """The nodes that a gradient of the results would reach, not looking past those in `seen`."""
+    # a result may be a leaf itself, which has a node but no grad_fn
+    pending: list[Any] = [get_gradient_edge(result).node for result in results if result.requires_grad]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending.extend(child for child, _ in node.next_functions)
 
 
 def refuse_more_leaves(results: Sequence[torch.Tensor], known: Sequence[torch.Tensor], mark: int) -> None:

@@ -11,7 +11,14 @@ import torch
 from neuralode.errors import UsageError
 from neuralode.ode.clock import Accepted, RowStep
 from neuralode.ode.explicit import Step, moment
-from neuralode.ode.parameters import Autocast, HeldField, StandIns, new_mark, refuse_another_field, refuse_more_leaves
+from neuralode.ode.parameters import (
+    Autocast,
+    HeldField,
+    new_mark,
+    refuse_another_field,
+    refuse_more_leaves,
+    stand_ins_for,
+)
 from neuralode.ode.rows import Loop
 from neuralode.ode.solution import Stats
 from neuralode.ode.stepper import step_estimates
@@ -119,8 +126,7 @@ class _Sweep:
             self.mark = new_mark()
             self.clock = ctx.clock.with_times(self.ts)
         self.inputs = inputs
-        self.stand_ins = StandIns(inputs if any(x._backward_hooks for x in inputs) else [])
-        """Where a parameter has hooks, which run on its whole gradient, not on each step's share of it."""
+        self.stand_ins = stand_ins_for(inputs)
         self.end: torch.Tensor | None = ctx.end.detach()
         self.totals: list[torch.Tensor | None] = [None] * len(inputs)
         self.times_total = torch.zeros_like(ts) if ctx.needs_input_grad[5] else None
@@ -162,8 +168,8 @@ class _Sweep:
     def _through(self, index: int, y: torch.Tensor) -> None:
         """Recomputes one step with its graph and pulls the gradient back through it."""
         record = self.steps[index]
-        moving = self.stand_ins.tensors or self.inputs
-        with torch.enable_grad(), self.stand_ins if self.stand_ins.tensors else contextlib.nullcontext():
+        moving = self.stand_ins.tensors if self.stand_ins else self.inputs
+        with torch.enable_grad(), self.stand_ins or contextlib.nullcontext():
             y = y.detach().requires_grad_()
             before = self.counted.calls
             # the slope at the end of the step belongs to the next one, unless dense output or an estimate reads it
@@ -181,6 +187,8 @@ class _Sweep:
         if self.end is not None:
             refuse_another_field(step.y1.detach(), self.end)
             self.end = None
+        if self.stand_ins:
+            self.stand_ins.refuse_originals(results)
         refuse_more_leaves(results, [y, self.ts, *self.known, *moving], self.mark)
         sources = [y, *moving, *([self.ts] if self.times_total is not None else [])]
         live = [(r, c) for r, c in zip(results, cotangents, strict=True) if r.requires_grad]

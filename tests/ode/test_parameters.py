@@ -45,6 +45,38 @@ def test_a_field_may_give_a_parameter_itself(how: dict[str, Any]) -> None:
     torch.testing.assert_close(by_speed, torch.full_like(speed, 2.0))
 
 
+@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+def test_a_parameter_with_hooks_that_the_field_gives_itself(how: dict[str, Any]) -> None:
+    speed, calls = leaf(0.3, 0.7), []
+    speed.register_hook(lambda gradient: calls.append(1) or 3 * gradient)
+    solve(lambda t, y: speed, leaf(1.0, -0.5), [0.0, 2.0], engine="stepper", **how).final.sum().backward()
+    torch.testing.assert_close(speed.grad, torch.full_like(speed, 6.0))
+    assert len(calls) == 1
+
+
+class Product(torch.autograd.Function):
+    """What no mode that looks at operations sees."""
+
+    @staticmethod
+    def forward(ctx: Any, rate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rate, y)
+        return rate * y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rate, y = ctx.saved_tensors
+        return gradient * y, gradient * rate
+
+
+@pytest.mark.parametrize("how", AGAIN.values(), ids=AGAIN)
+def test_a_parameter_with_hooks_in_a_function_of_the_users_is_refused(how: dict[str, Any]) -> None:
+    rate = leaf(0.3, 0.7)
+    rate.register_hook(lambda gradient: 2 * gradient)
+    final = solve(lambda t, y: Product.apply(rate, y), leaf(1.0, -0.5), [0.0, 1.0], engine="stepper", **how).final
+    with pytest.raises(UsageError, match="hooks"):
+        final.sum().backward()
+
+
 @pytest.mark.parametrize("how", AGAIN.values(), ids=AGAIN)
 def test_dropout_is_refused_where_the_backward_pass_would_draw_other_masks(how: dict[str, Any]) -> None:
     net = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()

@@ -200,7 +200,7 @@ def test_a_field_that_settles_as_it_is_evaluated_is_not_taken_for_another() -> N
     assert all(parameter.grad is not None for parameter in field.parameters())
 
 
-@pytest.mark.parametrize("how", [KEPT["never"], KEPT["always"], KEPT["some"]], ids=["never", "always", "some"])
+@pytest.mark.parametrize("how", KEPT.values(), ids=KEPT)
 def test_hooks_of_parameters_run_on_the_whole_gradient(how: dict[str, Any]) -> None:
     net, calls = mlp(), []
     wanted = torch.autograd.grad(weighed(solve(net, start(), [0.0, 1.0], **how).ys), list(net.parameters()))
