@@ -84,15 +84,19 @@ class _Adjoint(torch.autograd.Function):
         outputs = tuple(state.clone() for state in integration.outputs)
         # the constants are saved so that autograd notices if they were changed in place since
         ctx.save_for_backward(ts, torch.stack(outputs), *inputs, *evaluate.constants)
-        ctx.inputs, ctx.autocast, ctx.end = inputs, autocast, integration.t
+        ctx.sources, ctx.autocast, ctx.end = (y, ts, *inputs), autocast, integration.t
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
-        if torch.is_grad_enabled():  # a second gradient would lose what passes here, without a word
-            raise UsageError("gradient='adjoint' has no second derivatives; use gradient='exact'.")
+        if torch.is_grad_enabled():
+            return _First.apply(ctx, len(cotangents), *cotangents, *ctx.sources)
+        return _Adjoint.gradients(ctx, *cotangents)
+
+    @staticmethod
+    def gradients(ctx: Any, *cotangents: torch.Tensor) -> Any:
         ts, ys = ctx.saved_tensors[:2]
-        inputs = ctx.inputs
+        _, _, *inputs = ctx.sources
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[6:], strict=True) if needed]
         ctx.evaluate.begin_backward()
         equation = _Equation(ctx.evaluate, inputs, wanted, ys[0], ctx.stats, ctx.dense)
@@ -112,6 +116,24 @@ class _Adjoint(torch.autograd.Function):
         found = iter(equation.unflatten(parameters))
         rest = [next(found) if needed else None for needed in ctx.needs_input_grad[6:]]
         return (None, None, None, None, gradient, slopes if ctx.needs_input_grad[5] else None, *rest)
+
+
+class _First(torch.autograd.Function):
+    """The gradients, for a caller who keeps their graph.
+
+    All that they depend on goes in, so that a gradient of theirs is refused and not lost, whatever it is taken of.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, of_solve: Any, outputs: int, *tensors: torch.Tensor) -> Any:
+        return _Adjoint.gradients(of_solve, *tensors[:outputs])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        raise UsageError(
+            "gradient='adjoint' (odeint_adjoint) has no second derivatives; use gradient='exact' (odeint) with "
+            "checkpoint='never'."
+        )
 
 
 def _back(adjoint: AdjointSettings, equation: _Equation, ts: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor,

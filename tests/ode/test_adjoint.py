@@ -213,11 +213,36 @@ def test_solves_that_the_adjoint_cannot_serve_are_refused() -> None:
             solve(field, start(), [0.0, 1.0], gradient="adjoint", **kwargs)
 
 
-def test_second_derivatives_are_refused() -> None:
-    y0 = start()
-    ys = solve(mlp(), y0, [0.0, 1.0], gradient="adjoint").ys
+SOURCES = ["y0", "t", "gain", "weight", "cotangent"]
+
+
+@pytest.mark.parametrize("second", SOURCES)
+@pytest.mark.parametrize("first", SOURCES[:-1])
+def test_gradients_that_keep_their_graph_refuse_a_second_one(first: str, second: str) -> None:
+    net, scale = mlp(), leaf(0.7)
+    sources = {"y0": start(), "t": leaf(*TIMES[1]), "gain": leaf(1.3), "cotangent": scale,
+               "weight": next(net.parameters())}  # fmt: skip
+
+    def total() -> torch.Tensor:
+        ys = solve(
+            lambda t, y, gain: gain * net(t, y), sources["y0"], sources["t"], args=(sources["gain"],),
+            gradient="adjoint",
+        ).ys  # fmt: skip
+        return scale * loss(ys)
+
+    (wanted,) = torch.autograd.grad(total(), sources[first])
+    (found,) = torch.autograd.grad(total(), sources[first], create_graph=True)
+    assert torch.equal(found, wanted)
     with pytest.raises(UsageError, match=r"second derivatives.*gradient='exact'"):
-        torch.autograd.grad(loss(ys), y0, create_graph=True)
+        torch.autograd.grad(found.sum(), sources[second], allow_unused=True)
+
+
+def test_a_second_gradient_is_refused_where_the_loss_is_linear() -> None:
+    y0, net = start(), mlp()
+    final = solve(net, y0, [0.0, 1.0], gradient="adjoint").final
+    (found,) = torch.autograd.grad(final.sum(), y0, create_graph=True)
+    with pytest.raises(UsageError, match="second derivatives"):
+        found.square().sum().backward()
 
 
 def test_a_backward_solve_that_fails_says_why() -> None:

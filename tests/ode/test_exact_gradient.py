@@ -353,18 +353,11 @@ def test_second_derivatives_with_kept_graphs(method: str) -> None:
     assert torch.autograd.gradgradcheck(final, (start(1), leaf(0.0, 0.35, 1.0), leaf(1.3)))
 
 
-@pytest.mark.parametrize(
-    ("how", "remedy"),
-    [
-        ({"checkpoint": "always"}, "checkpoint='never'"),
-        ({"checkpoint": 2}, "checkpoint='never'"),
-        ({"gradient": "adjoint"}, "gradient='exact'"),
-    ],
-)
-def test_second_derivatives_are_refused_elsewhere(how: dict[str, Any], remedy: str) -> None:
+@pytest.mark.parametrize("checkpoint", ["always", 2])
+def test_second_derivatives_are_refused_elsewhere(checkpoint: Any) -> None:
     y0 = start()
-    ys = solve(mlp(), y0, [0.0, 1.0], engine="stepper", **how).ys
-    with pytest.raises(UsageError, match=rf"second derivatives.*{remedy}"):
+    ys = solve(mlp(), y0, [0.0, 1.0], engine="stepper", checkpoint=checkpoint).ys
+    with pytest.raises(UsageError, match=r"second derivatives.*checkpoint='never'"):
         torch.autograd.grad(weighed(ys), y0, create_graph=True)
 
 

@@ -246,3 +246,13 @@ def test_unknown_method_of_an_event_has_the_nearest_one() -> None:
 def test_assertions_stay_assertions() -> None:
     with pytest.raises(AssertionError, match="strictly increasing"):
         odeint(field(), Y0, torch.tensor([0.0, 2.0, 1.0]))
+
+
+def test_first_gradients_of_the_adjoint_that_keep_their_graph() -> None:
+    found = []
+    for solver in (odeint_adjoint, torchdiffeq.odeint_adjoint):
+        y0, t, module = Y0.clone().requires_grad_(), T.clone().requires_grad_(), field()
+        ys = solver(module, y0, t, rtol=1e-5, atol=1e-5)
+        found.append(torch.autograd.grad(ys.square().sum(), [y0, t, *module.parameters()], create_graph=True))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
