@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from neuralode.errors import FieldError, UsageError
+from neuralode.kernels.watch import Watch
 from neuralode.ode.packing import Packing, alike, lasting, writes
 
 REMEDY = "give gradient='exact' with checkpoint='never' to the solve."
@@ -30,13 +31,11 @@ class HeldField:
     def __init__(self, field: Callable[..., Any], args: Sequence[Any], packing: Packing):
         self.field, self.args, self.packing = field, tuple(args), packing
         self.module = field if isinstance(field, nn.Module) else None
-        buffers: dict[str, torch.Tensor] = {}
         self.captured: dict[str, torch.Tensor] = {}
         if self.module is not None:
-            buffers = dict(self.module.named_buffers())
-            self.captured = {**dict(self.module.named_parameters()), **buffers}
-        self._buffers = [x for x in buffers.values() if _plain(x)]
+            self.captured = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         self._rebind = False
+        self._buffers: list[torch.Tensor] = []
         self._read: list[torch.Tensor] = []
         self._places: list[Any] = []
         self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -67,12 +66,14 @@ class HeldField:
     @contextlib.contextmanager
     def solving(self, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
         """Around the solve. What it only reads, `inputs` among it, has to stay as it is until the backward pass."""
+        modules = [self.module] if self.module is not None else Watch(self.field).modules
+        self._buffers = [x for x in {id(x): x for m in modules for x in m.buffers()}.values() if _plain(x)]
         others = [x for x in self.captured.values() if not x.requires_grad]
         before = _places(others)
         yield
         same = [now == then for now, then in zip(_places(others), before, strict=True)]
         self._left = [(x, x.clone()) for x, kept in zip(others, same, strict=True) if not kept]
-        self._read = [*inputs, *(x for x, kept in zip(others, same, strict=True) if kept)]
+        self._read = [*inputs, *(x for x, kept in zip(others, same, strict=True) if kept and not _counts(x))]
         self._places = _places(self._read)
 
     def begin_backward(self) -> None:
@@ -127,6 +128,11 @@ def _places(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int | None]]:
 def _plain(x: torch.Tensor) -> bool:
     """Whether a field can write to a tensor in place."""
     return x.layout is torch.strided and not x.is_inference() and 0 not in x.stride()
+
+
+def _counts(x: torch.Tensor) -> bool:
+    """Whether a tensor looks like a count of calls, which other uses of its module, in a decoder say, go on with."""
+    return x.numel() == 1 and not (x.is_floating_point() or x.is_complex())
 
 
 def _put(values: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -169,18 +169,39 @@ class Averaging(nn.Module):
         return self.net(t, self.norm(y))
 
 
+@pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize("checkpoint", ["always", 2])
-def test_steps_that_are_recomputed_do_not_count_again(checkpoint: Any) -> None:
+def test_steps_that_are_recomputed_do_not_count_again(checkpoint: Any, closure: bool) -> None:
     found = []
     for policy in ("never", checkpoint):
         field = Averaging()
-        ys = solve(field, start(), [0.0, 1.0], method="rk4", step_size=0.1, engine="stepper", checkpoint=policy).ys
+        called = (lambda t, y, field=field: field(t, y)) if closure else field
+        ys = solve(called, start(), [0.0, 1.0], method="rk4", step_size=0.1, engine="stepper", checkpoint=policy).ys
         solve(field, start() + 1, [0.0, 1.0], method="rk4", step_size=0.1, engine="stepper")  # it goes on counting
         before = [buffer.clone() for buffer in field.buffers()]
         weighed(ys).backward()
         assert_equal(list(field.buffers()), before)
         found.append([parameter.grad for parameter in field.parameters()])
     assert_equal(found[1], found[0])
+
+
+@pytest.mark.parametrize("how", AGAIN.values(), ids=AGAIN)
+def test_a_module_of_the_field_that_is_used_elsewhere_does_no_harm(how: dict[str, Any]) -> None:
+    class Whole(nn.Module):
+        """The dynamics, and a decoder that it is not made of."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.decoder = mlp(), nn.BatchNorm1d(2, dtype=torch.float64)
+
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.net(t, y)
+
+    field = Whole()
+    final = solve(field, start(), [0.0, 1.0], engine="stepper", **how).final
+    weighed(field.decoder(final)).backward()
+    assert field.decoder.num_batches_tracked == 1
+    assert all(parameter.grad is not None for parameter in field.parameters())
 
 
 def test_a_field_that_settles_as_it_is_evaluated_is_not_taken_for_another() -> None:
