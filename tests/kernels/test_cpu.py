@@ -167,6 +167,20 @@ def test_functions_are_as_accurate_as_the_precision_allows(kind: str, build: str
     assert bool(((solve.ys[1].double() - exact).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("build", BUILDS)
+def test_tanh_is_one_where_the_librarys_is(build: str, dtype: torch.dtype) -> None:
+    """Else 1 - tanh² is not zero, which a factor that grows, as in the gelu by tanh, makes large."""
+    from neuralode.kernels.program import Operation, Program
+
+    x = torch.tensor([-torch.inf, -1e30, -300, -20, 20, 31, 300, 1e30, torch.inf, torch.nan], dtype=dtype).view(-1, 1)
+    program = Program(1, (Operation("rows", (), 1, (0,)), Operation("tanh", (2,), 1)), 3, ((-1, 1),))
+    job = Job(program, method_data(tableaus.EULER), limits(1.0, 1.0), (0,))
+    solve = CPUSolve(loaded(build), Task(job, [x], torch.zeros_like(x), torch.tensor([0.0, 1.0]).double(), (0.0, 1.0)))
+    solve.forward()
+    torch.testing.assert_close(solve.ys[1], x.tanh(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("way", [{"per_sample": True}, {"steps": 7, "tableau": tableaus.RK4}, {}], ids=str)
 def test_a_solve_that_is_looked_after_after_every_step(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between its steps a solve lets Python see to its signals; it goes on from where it was."""

@@ -59,15 +59,15 @@ inline Vec log1p(Vec u) {
 
 inline Vec tanh(Vec x) {
     if constexpr (SINGLE) {
-        // odd rational function of degree 9 over 8, minimax in relative error on [0, 8.3]; a NaN stays one
-        const T edge = T(8.3);
-        Vec c = maximum(Vec{} - edge, minimum(Vec{} + edge, x));
-        Vec u = c * c;
+        // odd rational function of degree 9 over 8, minimax in relative error on [0, 8.3]; beyond it one, to
+        // rounding; a NaN stays one
+        const Ints sign = (Ints)x & (Int(1) << (8 * sizeof(T) - 1));
+        const Vec one = (Vec)((Ints)(Vec{} + T(1)) | sign), u = x * x;
         Vec p = u * T(1.464849703e-08) + T(2.150866854e-05), q = u * T(8.295206218e-07) + T(3.373967678e-04);
         p = p * u + T(3.549179703e-03), q = q * u + T(2.607998993e-02);
         p = p * u + T(1.342587939e-01), q = q * u + T(4.675920422e-01);
         p = p * u + T(0.9999999907), q = q * u + T(1);
-        return c * p * inverse(q);
+        return select(absolute(x) > T(8.3), one, x * p * inverse(q));
     }
     // (e - 1) / (e + 1) with e = exp(2|x|), by e - 1 itself, which is exact for small x
     Vec n, twice = minimum(T(2) * absolute(x), Vec{} + T(40));
