@@ -16,6 +16,8 @@ REMEDIES = {
 }
 _STIFF = 2.0
 """Explicit methods take steps of at most about 2 to 4 over ‖J‖."""
+_LONGER_STEPS = {"rkc2": "'esdirk4'", "esdirk4": ""}
+"""What is left to recommend where a method for stiff fields was at work; rkc2 has no steps for each sample either."""
 
 
 def diagnosis(
@@ -38,11 +40,20 @@ def diagnosis(
     last = f"; last accepted steps {steps}" if steps else ""
     stiff = f"; h·‖J‖ is about {stiffness:.2g}" if math.isfinite(stiffness) else ""
     remedy = REMEDIES[status]
-    if status is not Status.NON_FINITE and stiffness > _STIFF:
-        remedy += "; h·‖J‖ above 2 says stiff: method='esdirk4' or 'rkc2' takes longer steps"
+    longer = _LONGER_STEPS.get(stats.method, "'esdirk4' or 'rkc2'" if sample is None else "'esdirk4'")
+    if status is not Status.NON_FINITE and stiffness > _STIFF and longer:
+        remedy += f"; h·‖J‖ above 2 says stiff: method={longer} takes longer steps"
     return (
         f"{stats.method} stopped{where}: {status.value} after {stats.nfe} evaluations{who}{last}{stiff}. "
         f"What to try: {remedy}."
+    )
+
+
+def diagnosis_of_fixed_steps(method: str, needed: int, allowed: int) -> str:
+    """The message of a SolveError where fixed steps are more than a solve may take."""
+    return (
+        f"{method} needs {needed} steps of the given size for these times, and max_steps is {allowed}; raise "
+        "max_steps, or take larger steps."
     )
 
 

@@ -96,9 +96,12 @@ class RowIntegration:
         return {**state, "extras": self.extras.copy()}
 
     @property
-    def planned_evaluations(self) -> float:
-        """Unknown, since the errors decide."""
-        return math.inf
+    def planned_steps(self) -> float:
+        """Steps of the row with the most, where their size is given; infinite where the errors decide."""
+        if self.settings.method.adaptive or self.size is None:
+            return math.inf
+        spans = (self.end - self.clock.values[:, 0]).abs() / self.size
+        return int((spans - (self._stretch - 1)).ceil().clamp(min=1).amax())
 
     def detach(self) -> None:
         self.y = self.y.detach()

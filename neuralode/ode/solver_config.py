@@ -53,7 +53,8 @@ class SolverConfig:
     """Sum up the error and stiffness estimates as differentiable tensors in the statistics (regularisers)."""
     engine: str = "auto"
     max_steps: int = DEFAULT_MAX_STEPS
-    """Steps after which an adaptive solve gives up."""
+    """Steps after which a solve gives up. The torchdiffeq engine bounds its adaptive methods alone: its fixed steps are
+    those of `step_size`, and the steps of `scipy_solver` are scipy's."""
     max_steps_between: int | None = None
     """Steps from one output time to the next after which an adaptive solve gives up: torchdiffeq's own limit."""
     options: dict[str, Any] = field(default_factory=dict)

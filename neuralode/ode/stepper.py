@@ -129,10 +129,10 @@ class Integration:
         return self.next == len(self.clock.values)
 
     @property
-    def planned_evaluations(self) -> float:
-        """Evaluations that the solve will take, where the steps are given; infinite where the errors decide."""
+    def planned_steps(self) -> float:
+        """Steps that the solve will take, where they are given; infinite where the errors decide."""
         grid = self.settings.grid
-        return math.inf if grid is None else (len(grid) - 1) * self.settings.method.stages
+        return math.inf if grid is None else len(grid) - 1
 
     def run(self, pause: Callable[[], bool] | None = None, on_step: Callable[[Step], None] | None = None) -> None:
         """Steps until done, or until `pause()` is true after an accepted step."""

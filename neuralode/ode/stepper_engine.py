@@ -11,7 +11,7 @@ import torch
 from neuralode.errors import UsageError
 from neuralode.ode.adjoint import solve_with_adjoint
 from neuralode.ode.clock import host_values
-from neuralode.ode.diagnosis import diagnosis, jacobian_norm
+from neuralode.ode.diagnosis import diagnosis, diagnosis_of_fixed_steps, jacobian_norm
 from neuralode.ode.events import Event, EventWatch
 from neuralode.ode.memory import MemoryBudget
 from neuralode.ode.observed_field import Field, tensors
@@ -83,7 +83,8 @@ def _integrate(integration: Loop, field: Field, packing: Packing, config: Solver
         integration.run()
     elif policy == "auto":
         budget = MemoryBudget(config.memory_budget, field, integration)
-        integration.run(pause=None if budget.suffices(integration.planned_evaluations) else budget.exhausted)
+        evaluations = integration.planned_steps * integration.settings.method.stages
+        integration.run(pause=None if budget.suffices(evaluations) else budget.exhausted)
     outputs, final = list(integration.outputs), integration.y
     error, stiffness = integration.extras.error_sum, integration.extras.stiffness_sum
     if not integration.done:
@@ -133,6 +134,10 @@ def _counting_products(ys: torch.Tensor, integration: Loop, stats: Stats) -> tor
 
 def _explained(failure: Failure, integration: Loop, packing: Packing, stats: Stats) -> SolveError:
     stats.nfe = integration.field.nfe
+    steps, allowed = integration.planned_steps, integration.settings.max_steps
+    if failure.status is Status.MAX_STEPS and allowed < steps < math.inf:
+        stats.diagnosis = diagnosis_of_fixed_steps(stats.method, int(steps), allowed)
+        return SolveError(stats.diagnosis, failure.status, stats)
     y, stiffness = failure.y.detach(), math.nan
     if failure.status is not Status.NON_FINITE and not in_transform():
         time = integration.moment()
