@@ -78,22 +78,29 @@ class Extras:
 class CountedField:
     """The field as the stepper calls it: with its arguments, counted, its shape checked."""
 
-    __slots__ = ("args", "field", "graphs", "held", "nfe", "refuse")
+    __slots__ = ("args", "field", "graphs", "held", "nfe", "refuse", "writes")
 
     def __init__(self, field: Callable[..., Any], args: tuple[Any, ...], refuse: Callable[[Any, torch.Tensor], None]):
         self.field, self.args, self.refuse, self.nfe, self.graphs = field, args, refuse, 0, 0
+        self.writes = False
+        """Whether it has written into the state that it was given."""
         self.held: torch.Tensor | None = None
         """Samples whose slope is zero whatever the field says, in a shape that broadcasts against the state."""
 
     def __call__(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         self.nfe += 1
         before = writes(y)
+        copy = y.detach().clone() if self.writes or self.nfe == 1 else None
         dy = self.field(t, y, *self.args)
         if writes(y) != before:
-            raise UsageError(
-                "the field writes into the state that it is given, which the solve still needs; make a new tensor, "
-                "for example dy = -y instead of y *= -1, or start from y.clone()."
-            )
+            self.writes = True
+            if copy is None or not torch.allclose(
+                copy, y, 0, 0, equal_nan=True
+            ):  # what leaves the numbers, such as a clamp, may pass
+                raise UsageError(
+                    "the field writes into the state that it is given, which the solve still needs; make a new tensor, "
+                    "for example dy = -y instead of y *= -1, or start from y.clone()."
+                )
         if not isinstance(dy, torch.Tensor) or dy.shape != y.shape:
             self.refuse(dy, y)
         if self.held is not None:

@@ -133,3 +133,15 @@ def test_no_name_is_no_method(function: str) -> None:
     for package in BOTH:
         with pytest.raises(ValueError, match=r"[Mm]ethod"):
             getattr(package, function)(nn.Linear(2, 2), torch.ones(2), T01, method="")
+
+
+@pytest.mark.parametrize("how", [{}, {"method": "rk4"}, {"method": "euler", "options": {"step_size": 0.1}}], ids=str)
+def test_fields_that_write_into_the_state_what_is_there(how: dict[str, Any]) -> None:
+    layer = nn.Linear(2, 2)
+    found = []
+    for package in BOTH:
+        ys = package.odeint(lambda t, y: torch.tanh(layer(y.clamp_(-9, 9))), torch.ones(3, 2), T01, **how)
+        found.append((ys, *torch.autograd.grad(ys.sum(), list(layer.parameters()))))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="writes into the state"):
+        neuralode.odeint(lambda t, y: torch.tanh(layer(y.clamp_(-0.5, 0.5))), torch.ones(3, 2), T01, **how)
