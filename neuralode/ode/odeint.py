@@ -6,7 +6,6 @@ What our stepper knows goes there. Anything else goes to torchdiffeq itself: its
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,7 +20,7 @@ from neuralode.errors import FieldError, UsageError, unknown
 from neuralode.ode.clock import host_values
 from neuralode.ode.eager import eager
 from neuralode.ode.fastest import run_fastest
-from neuralode.ode.methods import METHODS, check_method, options_of, takes_fixed_steps
+from neuralode.ode.methods import METHODS, check_method, in_torchdiffeq, options_of, takes_fixed_steps
 from neuralode.ode.observed_field import tensors
 from neuralode.ode.setup import unable
 from neuralode.ode.solution import Stats
@@ -56,8 +55,12 @@ def odeint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, atol: Any =
     options = _known(method, options)
     config = None if event_fn is not None else _served(func, y0, t, rtol, atol, method, options, "exact")
     if config is not None:
-        with contextlib.suppress(FieldError):  # torchdiffeq takes some, and refuses the others in its own words
+        try:
             return _states(func, y0, t, config)
+        except FieldError:  # torchdiffeq takes some, and refuses the others in its own words
+            if not in_torchdiffeq(config.method):
+                raise
+    _check_for_torchdiffeq(method, y0, rtol, atol)
     return torchdiffeq.odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn)
 
 
@@ -83,8 +86,12 @@ def odeint_adjoint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, ato
         config = dataclasses.replace(
             config, adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol, adjoint_seminorm=bool(adjoint_options)
         )
-        with contextlib.suppress(FieldError):
+        try:
             return _states(func, y0, t, config)
+        except FieldError:
+            if not in_torchdiffeq(config.method):
+                raise
+    _check_for_torchdiffeq(method, y0, rtol, atol)
     return torchdiffeq.odeint_adjoint(
         func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn,
         adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol, adjoint_method=adjoint_method,
@@ -184,6 +191,23 @@ def _configured(
     except (UsageError, TypeError, ValueError):
         return None
     return None if unable(config) else config
+
+
+def _check_for_torchdiffeq(method: str | None, y0: Any, *tolerances: Any) -> None:
+    """Raises UsageError for what torchdiffeq would refuse in words that do not help."""
+    if method is not None and not in_torchdiffeq(method):
+        raise UsageError(
+            f"method {method!r} is not torchdiffeq's, which alone takes events, callbacks, tolerances that are not two "
+            "positive numbers, and rare options, states and times; leave them out, or give one of its methods, for "
+            "example 'dopri5'."
+        )
+    for name, value in zip(("rtol", "atol"), tolerances, strict=True):
+        if isinstance(value, torch.Tensor) and isinstance(y0, torch.Tensor):
+            try:
+                torch.broadcast_shapes(value.shape, y0.shape)
+            except RuntimeError:
+                shapes = f"{list(value.shape)} for a state of shape {list(y0.shape)}"
+                raise UsageError(f"{name} has shape {shapes}; give a number, or a tensor that broadcasts.") from None
 
 
 def _is_odd(options: dict[str, Any], name: str) -> bool:

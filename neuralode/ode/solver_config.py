@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from neuralode.errors import UsageError, unknown
 from neuralode.ode.controllers import Controller, controller
 from neuralode.ode.methods import check_method, takes_fixed_steps
@@ -73,9 +75,12 @@ class SolverConfig:
             value = getattr(self, name)
             optional = name not in ("rtol", "atol")
             if not (optional and value is None) and not (_is_finite(value) and value > 0):
-                raise UsageError(f"solver.{name} is {value}; it has to be a positive number.")
-        if not _is_finite(self.max_steps) or self.max_steps < 1:
-            raise UsageError(f"solver.max_steps is {self.max_steps}; it has to be at least 1.")
+                shown = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else value
+                raise UsageError(f"solver.{name} is {shown}; it has to be a positive number, as a float.")
+        for name, least in (("max_steps", 1), ("memory_budget", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UsageError(f"solver.{name} is {value!r}; it has to be a whole number of at least {least}.")
         span = self.t_span if isinstance(self.t_span, list | tuple) else []
         if len(span) != 2 or span[0] == span[1] or not all(map(_is_finite, span)):
             raise UsageError(f"solver.t_span is {self.t_span}; it has to be two different times, both finite.")

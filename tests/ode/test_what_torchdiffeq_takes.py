@@ -145,3 +145,19 @@ def test_fields_that_write_into_the_state_what_is_there(how: dict[str, Any]) -> 
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="writes into the state"):
         neuralode.odeint(lambda t, y: torch.tanh(layer(y.clamp_(-0.5, 0.5))), torch.ones(3, 2), T01, **how)
+
+
+@pytest.mark.parametrize("function", ["odeint", "odeint_adjoint"])
+def test_tolerances_of_a_wrong_shape(function: str) -> None:
+    solve = getattr(neuralode, function)
+    with pytest.raises(ValueError, match=r"rtol has shape \[5\] for a state of shape \[3, 2\]"):
+        solve(nn.Linear(2, 2), torch.ones(3, 2), T01, rtol=torch.full((5,), 1e-3))
+    with pytest.raises(ValueError, match="'tsit5' is not torchdiffeq's"):
+        solve(nn.Linear(2, 2), torch.ones(3, 2), T01, rtol=torch.full((2,), 1e-3), method="tsit5")
+    with pytest.raises(ValueError, match="the field returned shape"):
+        solve(Flat(), torch.ones(3, 2), T01, method="tsit5")
+
+
+class Flat(nn.Module):
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y.sum(1)
