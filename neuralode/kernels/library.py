@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import sysconfig
 import zlib
 from pathlib import Path
@@ -63,6 +64,8 @@ def version() -> int:
 
 def load(path: Path) -> ctypes.CDLL | None:
     """A build, ready to be called; None if it does not load or was made from other sources."""
+    if not _whole(path):
+        return None
     try:
         functions = ctypes.CDLL(str(path))
         functions.neuralode_version.restype = ctypes.c_uint
@@ -87,6 +90,18 @@ def load(path: Path) -> ctypes.CDLL | None:
     for name in ("take_stage", "pull_stage"):
         getattr(functions, f"neuralode_{name}").restype = None
     return functions
+
+
+def _whole(path: Path) -> bool:
+    """Whether a build has all its bytes, as far as its header says: the loader stops the process at a part of one."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if header[:5] != b"\x7fELF\x02":  # the table at the end of the file is where this format has it, in 64 bits
+        return bool(header)
+    if len(header) < 64:
+        return False
+    (table,), (size, count) = struct.unpack_from("<Q", header, 0x28), struct.unpack_from("<HH", header, 0x3A)
+    return bool(path.stat().st_size >= table + size * count)
 
 
 class Runtime(ctypes.Structure):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from neuralode.kernels.cuda.compiler import CompileError, cache_folder, nvrtc_version
 from neuralode.kernels.library import INSTRUCTION_SETS, library, load, path_of, runs_here, runtime
 
 _REBUILD = "install the package again where there is a C++ compiler: pip install --force-reinstall --no-deps ."
+_HOLDS = "ATEN_CPU_CAPABILITY"
+_CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")
+"""Values of that variable that PyTorch heeds."""
 
 
 def report() -> str:
@@ -43,6 +48,9 @@ def _state(name: str, used: str) -> str:
     if not path.exists():
         return f"not built; {_REBUILD}"
     if not runs_here(name):
+        held = os.environ.get(_HOLDS, "")
+        if held.upper() in _CAPABILITIES:
+            return f"built, but the variable {_HOLDS}={held} holds PyTorch to other instructions; unset it to use this"
         return "built; this processor does not have the instructions"
     if load(path) is None:
         return f"built, but it does not load or was made from other sources; {_REBUILD}"

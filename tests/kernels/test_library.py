@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,3 +51,29 @@ def test_a_build_of_other_sources_is_left_alone() -> None:
     solution = solve(lambda t, y: -y, torch.ones(2, 1), [0.0, 1.0])
     assert solution.stats.engine == "stepper"
     assert "install the package again" in solution.stats.reason
+
+
+@pytest.mark.parametrize("bytes_left", [0, 100, 300_000, -1])
+def test_a_part_of_a_build_is_left_alone(bytes_left: int, tmp_path: Path) -> None:
+    """The loader would stop the process."""
+    part = tmp_path / "part.so"
+    part.write_bytes(builds.path_of(BUILT[0]).read_bytes()[:bytes_left])
+    assert builds.load(part) is None
+
+
+def test_the_report_says_what_is_cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    part = tmp_path / "part.so"
+    part.write_bytes(builds.path_of(BUILT[0]).read_bytes()[:300_000])
+    monkeypatch.setattr(sys.modules["neuralode.kernels.report"], "path_of", lambda name: part)
+    assert "plain: built, but it does not load" in kernels.report()
+    assert "install the package again" in kernels.report()
+
+
+def test_the_report_says_that_a_variable_holds_pytorch_back() -> None:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "neuralode.kernels"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "does not have the instructions" not in ended.stdout
+    held = [line for line in ended.stdout.splitlines() if "ATEN_CPU_CAPABILITY=default holds PyTorch" in line]
+    assert len(held) == len(set(BUILT) - {"plain"})
