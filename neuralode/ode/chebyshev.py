@@ -79,7 +79,7 @@ class RKC2:
     error_order = 3
     adaptive = True
     interpolates = True
-    by_sample = False
+    by_sample = differentiates = False
     stages = 2
     options = frozenset({"spectral_radius"})
 

@@ -46,6 +46,8 @@ class Method(Protocol):
     """Whether t and h may differ from sample to sample."""
     options: frozenset[str]
     """Names of the options that are this method's own."""
+    differentiates: bool
+    """Whether its steps differentiate the field, also where nobody asks for a gradient."""
     interpolates: bool
     """Whether its dense output is accurate enough to read output times from; else a step ends at each of them."""
 
@@ -97,6 +99,8 @@ def moments(t: Any, h: Any, c: tuple[float, ...], like: torch.Tensor) -> tuple[t
 
 class RungeKutta:
     """The explicit Runge-Kutta method of a tableau."""
+
+    differentiates = False
 
     def __init__(self, tableau: Tableau, linear: bool = False):
         self.tableau, self.linear = tableau, linear

@@ -59,7 +59,7 @@ class ESDIRK4:
 
     name = "esdirk4"
     order = error_order = 4
-    adaptive = interpolates = by_sample = True
+    adaptive = interpolates = by_sample = differentiates = True
     stages = 6
     options = frozenset[str]()
 
@@ -121,9 +121,12 @@ class _Newton:
         """Takes the Jacobian at the start of a step.
 
         Raises:
-            UsageError: if the samples depend on each other, where the Jacobian, and with it the gradient, were wrong.
+            UsageError: if the samples depend on each other, where the Jacobian, and with it the gradient, were wrong;
+                or if the field has no Jacobian for autograd.
         """
-        _, pull = _linearise(self.field, t, y)
+        slope, pull = _linearise(self.field, t, y)
+        if not slope.requires_grad and not in_transform():
+            self._check_constant(t, y, slope)
         jacobian = _jacobian(pull, y)
         if len(jacobian) > 1:
             probe = torch.arange(y.numel(), dtype=y.dtype, device=y.device).cos().view(len(jacobian), 1, -1)
@@ -136,6 +139,16 @@ class _Newton:
                     "dimension (batch normalisation in training mode couples samples too)."
                 )
         self._factorise(jacobian)
+
+    def _check_constant(self, t: torch.Tensor, y: torch.Tensor, slope: torch.Tensor) -> None:
+        """Raises UsageError if a slope without a graph depends on the state, where a Jacobian of zero were wrong."""
+        change = torch.finfo(y.dtype).eps ** 0.5 * (1 + y.detach().abs())
+        # on both sides: a field of pieces may change its value on one
+        if to_host(((self.field(t, y + change) != slope) & (self.field(t, y - change) != slope)).sum().double()):
+            raise UsageError(
+                "esdirk4 differentiates the field, but autograd does not see how its slope depends on the state "
+                "(torch.no_grad, detach or NumPy in the field?); leave that out, or give another method such as 'rkc2'."
+            )
 
     def solve(self, t: torch.Tensor, base: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
         """The k with k = f(t, base + hγk), to rounding, starting from `slope`; NaN in the samples that find none."""

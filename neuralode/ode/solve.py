@@ -18,7 +18,7 @@ from neuralode.ode.controllers import Controller
 from neuralode.ode.eager import eager
 from neuralode.ode.events import Event
 from neuralode.ode.fastest import run_fastest
-from neuralode.ode.methods import in_torchdiffeq
+from neuralode.ode.methods import METHODS, in_torchdiffeq
 from neuralode.ode.observed_field import Field, tensors
 from neuralode.ode.setup import unable
 from neuralode.ode.solution import Events, Solution, SolveError, State, Stats, Status
@@ -104,7 +104,7 @@ def solve_configured(
 ) -> Solution:
     """`solve` for a caller that holds a SolverConfig; same states, statistics and errors."""
     _check_arguments(y0, args)
-    if torch.is_inference_mode_enabled() and (events is not None or config.method == "esdirk4"):
+    if torch.is_inference_mode_enabled() and (events is not None or _differentiates(config.method)):
         with torch.inference_mode(False), torch.no_grad():  # they differentiate on their way
             y0 = tuple(part.clone() for part in y0) if isinstance(y0, tuple) else y0.clone()
             t, args = (_ordinary(t), tuple(map(_ordinary, args)))
@@ -165,6 +165,10 @@ def choose_engine(
     if dense or events:
         return "stepper", "not the kernels: they have no dense output and no events"
     return "fused", ""
+
+
+def _differentiates(method: str) -> bool:
+    return method in METHODS and METHODS[method].differentiates
 
 
 def _check_arguments(y0: State, args: Sequence[Any]) -> None:

@@ -361,3 +361,19 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(ys.sum(), y0, create_graph=True)
     with pytest.raises(UsageError, match="second derivatives through esdirk4"):
         torch.func.grad(lambda y: esdirk4(lambda t, x: -(x**3), y, tensor(0.0, 1.0)).ys.sum())(y0.detach())
+
+
+def test_a_field_that_autograd_does_not_see_is_refused() -> None:
+    stiff = torch.no_grad()(lambda t, y: -1e4 * (y - t.cos()))
+    with pytest.raises(UsageError, match=r"esdirk4 differentiates the field.*no_grad"):
+        esdirk4(stiff, tensor([1.0, 2.0]), tensor(0.0, 1.0))
+    steady = esdirk4(torch.no_grad()(lambda t, y: t.cos().expand(1, 2)), tensor([1.0, 2.0]), tensor(0.0, 1.0), 1e-9)
+    assert float(steady.ys[-1, 0, 0]) == pytest.approx(1 + math.sin(1), rel=1e-6)
+    jumping = esdirk4(lambda t, y: torch.where(y > 0, 1.0, -1.0), tensor([0.0, 2.0]), tensor(0.0, 1.0))
+    torch.testing.assert_close(jumping.ys[-1], tensor([-1.0, 3.0]))
+
+
+def test_methods_say_whether_they_differentiate_the_field() -> None:
+    assert [name for name, method in METHODS.items() if method.differentiates] == ["esdirk4"]
+    with torch.inference_mode():
+        esdirk4(lambda t, y: -y, tensor([1.0, 2.0]), tensor(0.0, 1.0))
