@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuralode.kernels.operations import HANDLERS, MAKERS
 from neuralode.kernels.program import STATE, TIME, Program
-from neuralode.kernels.recall import circumstances, recall, remember, remember_refusal
+from neuralode.kernels.recall import circumstances, function_modes, recall, remember, remember_refusal
 from neuralode.kernels.values import Made, NotLowered, Row, Writer, key_of
 from neuralode.kernels.watch import Watch
 
@@ -75,6 +76,8 @@ def lower(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any,
         return found
     if torch.is_autocast_enabled((y[0] if isinstance(y, tuple) else y).device.type):
         raise NotLowered("autocast is on")
+    if set(function_modes()) - {DeviceContext}:
+        raise NotLowered("a TorchFunctionMode is on, which may change what operations do")
     if isinstance(field, torch.jit.ScriptFunction) or hasattr(field, "_torchdynamo_orig_callable"):
         raise NotLowered("it is compiled")
     try:

@@ -18,6 +18,11 @@ _HELD_BY_MODULES = frozenset(nn.Module().__dict__)
 LARGE = 256
 """Entries of a container beyond which only their number is looked at."""
 MISSING = object()
+_NOT_OF_A_CALL = frozenset({
+    "__init__", "__new__", "__del__", "__repr__", "__str__", "__getstate__", "__setstate__", "__reduce__",
+    "__init_subclass__", "__post_init__",
+})  # fmt: skip
+"""Methods by which objects come, go and are shown."""
 
 
 class Place:
@@ -158,6 +163,25 @@ class PlainModules(Place):
         return f"a call changes {name[1]!r} of a module" if isinstance(name, tuple) else "a call gives a module more"
 
 
+class Calls(Place):
+    """What a call of a module of each class runs, which a user may exchange for PyTorch's own classes too."""
+
+    counts = False
+
+    def __init__(self, kinds: set[type[nn.Module]]):
+        names = [(kind, "forward") for kind in kinds] + [(nn.Module, "__call__")]
+        super().__init__({name: self.read(name) for name in names})
+
+    def read(self, name: Any) -> Any:
+        return getattr(name[0], name[1])
+
+    def write(self, name: Any, value: Any) -> None:
+        setattr(name[0], name[1], value)
+
+    def describe(self, name: Any) -> str:
+        return f"a call changes {name[1]!r} of {name[0].__name__}"
+
+
 class ClassAttributes(Place):
     """The values of a class, and its methods."""
 
@@ -215,8 +239,9 @@ class Array(Place):
 
 @functools.lru_cache(maxsize=256)
 def values_of(owner: type) -> tuple[str, ...]:
-    """Names of a class's methods and plain values."""
-    return tuple(name for name in owner.__dict__ if not name.startswith("__") or name == "__call__")
+    """Names of a class's methods, those that operators and attributes call among them, and plain values."""
+    named = ((name, isinstance(value, types.FunctionType)) for name, value in owner.__dict__.items())
+    return tuple(name for name, method in named if not name.startswith("__") or (method and name not in _NOT_OF_A_CALL))
 
 
 class Variables(Place):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 
 from neuralode.kernels.places import Counter
 from neuralode.kernels.program import Program
@@ -49,7 +50,12 @@ def modes() -> Any:
     """What it depends on of the thread that it runs in."""
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return grad, inference, torch.get_default_dtype(), torch._C._is_any_autocast_enabled(), hooked
+    return grad, inference, torch.get_default_dtype(), torch._C._is_any_autocast_enabled(), hooked, function_modes()
+
+
+def function_modes() -> tuple[type, ...]:
+    """The kinds of the modes that see functions before PyTorch does."""
+    return tuple(map(type, _get_current_function_mode_stack())) if torch._C._len_torch_function_stack() else ()
 
 
 def remember(field: Callable[..., Any], when: Any, watch: Watch, writer: Writer, program: Program) -> None:

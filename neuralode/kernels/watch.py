@@ -20,6 +20,7 @@ from neuralode.kernels.places import (
     LARGE,
     Array,
     Attributes,
+    Calls,
     ClassAttributes,
     Counter,
     Entries,
@@ -33,10 +34,13 @@ from neuralode.kernels.places import (
 )
 
 _CONTAINERS = (list, dict, set, collections.deque)
+_WITH_ENTRIES = (*_CONTAINERS, tuple, functools.partial)
+"""Types of which subclasses may have attributes besides."""
 _PLAIN = frozenset({
     int, float, bool, str, bytes, type(None), types.CodeType, torch.Tensor, nn.Parameter, torch.dtype, torch.device,
 })  # fmt: skip
-"""Types of values that hold nothing to look at."""
+"""Types of values that hold nothing to look at, but for the attributes that a user gives a tensor."""
+_TENSORS = (torch.Tensor, nn.Parameter)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Attributes of a module that hold its hooks."""
 _FROM_AFAR = frozenset({
@@ -77,6 +81,8 @@ class Watch:
         """Where the generators of Python and NumPy stand, if a function names them."""
         self._gives = ""
         self._enter(field)
+        if self.modules:
+            self._enter_calls(Calls(set(map(type, self.modules))))
         self.counters: list[Counter] = []
 
     @property
@@ -131,6 +137,9 @@ class Watch:
     def _enter(self, thing: Any, depth: int = 0) -> None:
         """Watches a module, a function or an object, and what they hold."""
         if type(thing) in _PLAIN or id(thing) in self.seen:
+            if type(thing) in _TENSORS and thing.__dict__ and id(thing) not in self.seen:
+                self.seen.add(id(thing))
+                self._look_at(Attributes(thing), depth)
             return
         if depth > _DEEPEST or len(self.places) > _MOST_PLACES:
             self.opaque = True
@@ -142,6 +151,8 @@ class Watch:
                 if module is thing or id(module) not in self.seen:
                     self.seen.add(id(module))
                     self.modules.append(module)
+                    for tensor in (*module._parameters.values(), *module._buffers.values()):
+                        self._enter(tensor, depth)
                     if type(module).__module__.startswith("torch.nn.modules"):
                         plain.append(module)
                     else:
@@ -190,6 +201,16 @@ class Watch:
             self.opaque |= bool(slots) or not hasattr(thing, "__dict__")
             if hasattr(thing, "__dict__"):
                 self._enter_object(thing, depth)
+
+        if isinstance(thing, _WITH_ENTRIES) and hasattr(thing, "__dict__"):
+            self._enter_object(thing, depth)
+
+    def _enter_calls(self, calls: Calls) -> None:
+        """Watches what calls of modules run; PyTorch's own code is not looked at, but what a user puts there is."""
+        self.places.append(calls)
+        for function in calls.before.values():
+            if getattr(function, "__module__", "").partition(".")[0] not in _KNOWN_PACKAGES:
+                self._enter(function)
 
     def _enter_names(self, function: types.FunctionType, depth: int) -> None:
         """Looks whether a function names modules or classes of the user's, whose methods are not followed."""
