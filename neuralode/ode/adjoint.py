@@ -153,6 +153,7 @@ def _back(adjoint: AdjointSettings, equation: _Equation, ts: torch.Tensor, y: to
         grid=adjoint.grid_between(*clock.values),
     )
     field = CountedField(equation, (), lambda dy, _: None)
+    field.traced = False
     stats = Stats("stepper", "", "adjoint")
     integration = Integration(settings, field, clock, torch.cat(parts), stats)
     try:

@@ -125,7 +125,7 @@ class _Newton:
                 or if the field has no Jacobian for autograd.
         """
         slope, pull = _linearise(self.field, t, y)
-        if not slope.requires_grad and not in_transform():
+        if not slope.requires_grad and not in_transform() and getattr(self.field, "traced", True):
             self._check_constant(t, y, slope)
         jacobian = _jacobian(pull, y)
         if len(jacobian) > 1:

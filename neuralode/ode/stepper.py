@@ -78,10 +78,12 @@ class Extras:
 class CountedField:
     """The field as the stepper calls it: with its arguments, counted, its shape checked."""
 
-    __slots__ = ("args", "field", "graphs", "held", "nfe", "refuse", "writes")
+    __slots__ = ("args", "field", "graphs", "held", "nfe", "refuse", "traced", "writes")
 
     def __init__(self, field: Callable[..., Any], args: tuple[Any, ...], refuse: Callable[[Any, torch.Tensor], None]):
         self.field, self.args, self.refuse, self.nfe, self.graphs = field, args, refuse, 0, 0
+        self.traced = True
+        """Whether autograd is to see how it depends on the state, as it does not with the adjoint equation."""
         self.writes = False
         """Whether it has written into the state that it was given."""
         self.held: torch.Tensor | None = None
