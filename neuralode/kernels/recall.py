@@ -144,6 +144,8 @@ class Remembered:
         self.counters = list(watch.counters)
         self._sources = [_Source(x, i in transposed, wanted.shape)
                          for i, (x, wanted) in enumerate(zip(sources, tensors, strict=True))]  # fmt: skip
+        self._as_held = [] if made or not all(map(operator.is_, sources, tensors)) else sources
+        """The program's tensors, where they are just what the field holds."""
         self._leaves = [*sources, *(x for step in made for x in _tensors(step))]
         self._kinds = list(map(_kind, self._leaves))
         counted = {(id(counter.place), counter.name) for counter in self.counters}
@@ -165,13 +167,11 @@ class Remembered:
 
     def tensors(self) -> list[torch.Tensor]:
         """The program's tensors now, with their history."""
+        if self._as_held:
+            return list(self._as_held)
         now: dict[int, torch.Tensor] = {}
-
-        def present(x: Any) -> Any:
-            return [present(y) for y in x] if isinstance(x, list | tuple) else now.get(id(x), x)
-
         for func, args, kwargs, out in self._made:
-            made = func(*map(present, args), **{name: present(x) for name, x in kwargs.items()})
+            made = func(*_present(args, now), **{name: _present(x, now) for name, x in kwargs.items()})
             now |= {id(then): x for then, x in zip(_flat(out), _flat(made), strict=True)}
         return [source.now(now.get(id(source.tensor), source.tensor)) for source in self._sources]
 
@@ -179,6 +179,11 @@ class Remembered:
         """Advances the field's own counters."""
         for counter in self.counters:
             counter.add(evaluations)
+
+
+def _present(x: Any, now: dict[int, torch.Tensor]) -> Any:
+    """An argument with the tensors of now in the place of those of then."""
+    return [_present(y, now) for y in x] if isinstance(x, list | tuple) else now.get(id(x), x)
 
 
 class _Source(NamedTuple):
