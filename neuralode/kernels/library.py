@@ -85,7 +85,7 @@ def load(path: Path) -> ctypes.CDLL | None:
     functions.neuralode_pull_stage.argtypes = [ctypes.c_int, *[pointer] * 4]
     functions.neuralode_error_ratio.argtypes = [ctypes.c_int, *[pointer] * 3, number, number, pointer]
     functions.neuralode_error_ratio.restype = number
-    functions.neuralode_judge_rows.argtypes = [ctypes.c_int, *[pointer] * 3, ctypes.c_int64, pointer]
+    functions.neuralode_judge_rows.argtypes = [ctypes.c_int, *[pointer] * 3, ctypes.c_int64, pointer, pointer]
     functions.neuralode_judge_rows.restype = ctypes.c_int64
     for name in ("take_stage", "pull_stage"):
         getattr(functions, f"neuralode_{name}").restype = None

@@ -106,8 +106,6 @@ def judge_rows(slopes: Sequence[torch.Tensor], weights: Sequence[float], y: torc
         order: of the error's estimate.
         step: signed sizes, [R] in double precision.
     """
-    loaded = library()
-    assert loaded is not None
     given, alive = _slopes(y, slopes, weights)
     rows = len(step)
     flags = torch.empty(2, rows, dtype=torch.bool)
@@ -117,9 +115,7 @@ def judge_rows(slopes: Sequence[torch.Tensor], weights: Sequence[float], y: torc
     found = _RowControl(
         *tolerances, *control, order, *[x.data_ptr() for x in kept], *_rows_of(flags), *_rows_of(numbers)
     )
-    breaks = loaded.functions.neuralode_judge_rows(
-        y.dtype == torch.float64, ctypes.addressof(given), y.data_ptr(), y1.data_ptr(), rows, ctypes.addressof(found)
-    )
+    breaks = int(_call("judge_rows", y, given, y.data_ptr(), y1.data_ptr(), rows, ctypes.addressof(found)))
     del alive
     accepted, broken = flags
     size, ceiling, *later = numbers

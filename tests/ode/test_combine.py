@@ -166,3 +166,21 @@ def test_the_kernels_leave_rows_alone_that_they_do_not_know() -> None:
     sizes = combine.kernels.Sizes(ones, ones, ones, ones)
     for given, tolerance in (((y, y.mT.contiguous().mT), Tolerance(1e-3, 1e-3)), ((y, y), Tolerance(ones, 1e-3))):
         assert combine.judge_rows(slopes, ROW, ones, *given, tolerance, Controller(), 5, sizes) is None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_rows_are_judged_by_all_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    y, slopes = state(40_000, 2)
+    steps = torch.rand(40_000, dtype=torch.float64)
+    ones = torch.ones_like(steps)
+    sizes = combine.kernels.Sizes(steps, 10 * ones, ones, ones)
+    judged = combine.judge_rows(slopes, ROW, steps, y, slopes[1], Tolerance(0.5, 0.5), Controller(), 5, sizes)
+    assert judged is not None
+    error = steps[:, None] * sum(w * slopes[i] for i, w in ROW) / (0.5 + 0.5 * torch.maximum(y.abs(), slopes[1].abs()))
+    ratio = error.square().mean(1).sqrt()
+    assert torch.equal(judged.accepted, ratio <= 1)
+    assert 1000 < int(judged.accepted.sum()) < 39_000
+    factor = (0.9 * ratio**-0.2).clamp(0.2, 10.0)
+    wanted = torch.where(judged.accepted, factor.clamp(min=1), factor.clamp(max=1)) * steps
+    torch.testing.assert_close(judged.sizes.size, wanted)

@@ -67,9 +67,9 @@ EXPORT void neuralode_pull_stage(int doubles, const Slopes* slopes, const void* 
 }
 
 EXPORT int64_t neuralode_judge_rows(int doubles, const Slopes* slopes, const void* y, const void* y1, int64_t rows,
-                                    const RowControl* control) {
-    return doubles ? judge_rows(*slopes, (const double*)y, (const double*)y1, rows, *control)
-                   : judge_rows(*slopes, (const float*)y, (const float*)y1, rows, *control);
+                                    const RowControl* control, const Workers* workers) {
+    return doubles ? judge_rows(*slopes, (const double*)y, (const double*)y1, rows, *control, *workers)
+                   : judge_rows(*slopes, (const float*)y, (const float*)y1, rows, *control, *workers);
 }
 
 EXPORT double neuralode_error_ratio(int doubles, const Slopes* slopes, const void* y, const void* y1, double rtol,

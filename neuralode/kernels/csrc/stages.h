@@ -27,15 +27,20 @@ constexpr int64_t PIECE = 1024;       // numbers that stay in the first cache
 constexpr int SIDE_BY_SIDE = 16;
 constexpr int64_t A_THREADS = 32768;  // least numbers that are worth a thread
 
-// Calls work(start, size, part) for the pieces of `count` numbers, part being the thread's index.
+// Calls work(from, to, part) for the threads' shares of `items`, which hold `count` numbers; part is the thread's index.
 template <typename Work>
-inline void each_piece(int64_t count, const Workers& workers, Work work) {
+inline void share(int64_t items, int64_t count, const Workers& workers, Work work) {
     Team team;
     const int threads = (int)std::max<int64_t>(1, std::min<int64_t>(workers.threads, count / A_THREADS));
-    const int64_t pieces = (count + PIECE - 1) / PIECE;
-    team.run(workers.runtime, threads, [&](int index) {
-        for (int64_t i = pieces * index / team.count; i < pieces * (index + 1) / team.count; i++)
-            work(i * PIECE, std::min(PIECE, count - i * PIECE), index);
+    team.run(workers.runtime, threads,
+             [&](int index) { work(items * index / team.count, items * (index + 1) / team.count, index); });
+}
+
+// Calls work(start, size, part) for the pieces of `count` numbers.
+template <typename Work>
+inline void each_piece(int64_t count, const Workers& workers, Work work) {
+    share((count + PIECE - 1) / PIECE, count, workers, [&](int64_t from, int64_t to, int part) {
+        for (int64_t i = from; i < to; i++) work(i * PIECE, std::min(PIECE, count - i * PIECE), part);
     });
 }
 
@@ -108,17 +113,17 @@ inline double row_ratio(const Slopes& s, const T* y, const T* y1, int64_t start,
 
 // Whether each row's step stands, and how long its next one may be; returns the number of broken rows.
 template <typename T>
-inline int64_t judge_rows(const Slopes& s, const T* y, const T* y1, int64_t rows, const RowControl& c) {
+inline int64_t judge_rows(const Slopes& s, const T* y, const T* y1, int64_t rows, const RowControl& c,
+                          const Workers& workers) {
     const int64_t width = s.count / rows;
     const bool remembers = c.proportional != 0 || c.derivative != 0;
     const double now = -(c.integral + c.proportional + c.derivative) / c.order;
     const double then = (c.proportional + 2 * c.derivative) / c.order, earlier = -c.derivative / c.order;
-    int64_t broken = 0;
-    for (int64_t r = 0; r < rows; r++) {
+    auto judge = [&](int64_t r) {
         double ratio = row_ratio(s, y, y1, r * width, width, T(c.step[r]), T(c.rtol), T(c.atol));
         const bool accepted = ratio <= 1;
         c.accepted[r] = accepted;
-        broken += c.broken[r] = !std::isfinite(ratio);
+        c.broken[r] = !std::isfinite(ratio);
         ratio = std::isfinite(ratio) ? std::min(std::max(ratio, 1e-10), 1e10) : 1e10;
         double factor = c.safety * std::pow(ratio, now);
         if (remembers) factor *= std::pow(c.last[r], then) * std::pow(c.before[r], earlier);
@@ -126,11 +131,14 @@ inline int64_t judge_rows(const Slopes& s, const T* y, const T* y1, int64_t rows
         if (accepted && !remembers) factor = std::max(factor, 1.0);  // an accepted step does not shrink the next
         c.next_ceiling[r] = accepted ? c.max_factor : 1;             // after a rejected one no step grows
         c.next_size[r] = c.size[r] * std::min(factor, std::min(c.ceiling[r], c.next_ceiling[r]));
-        if (!remembers) continue;
+        if (!remembers) return;
         c.next_before[r] = accepted ? c.last[r] : c.before[r];
         c.next_last[r] = accepted ? ratio : c.last[r];
-    }
-    return broken;
+    };
+    share(rows, s.count, workers, [&](int64_t from, int64_t to, int) {
+        for (int64_t r = from; r < to; r++) judge(r);
+    });
+    return std::count(c.broken, c.broken + rows, 1);
 }
 
 // Root mean square of Σ w k over rtol · max(|y|, |y1|) + atol; NaN where one of them is.
