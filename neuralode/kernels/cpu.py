@@ -72,6 +72,8 @@ class _Outline:
 
     def __init__(self, job: Job, shape: torch.Size, times: torch.Size):
         count = len(job.program.shapes)
+        self.shapes = [torch.Size(shape[0] if n == -1 else n for n in own) for own in job.program.shapes]
+        """Of the program's tensors."""
         plan = make_plan(job.program, job.wants_gradient or (False,) * count, job.times_move)
         shapes = _ints([n for i in range(count) for n in _shape(job.program, i)])
         gradients, groups = _ints(job.wants_gradient or (0,) * count), _ints(job.groups)
@@ -121,8 +123,7 @@ class CPUSolve(ctypes.Structure):
         self.task, job = task, task.job
         self.ys = task.y0.new_empty(task.ts.shape[-1], *task.y0.shape)
         self.tensors = [x.contiguous() for x in task.tensors]
-        self._shapes = [x.shape for x in self.tensors]  # a module may change them before the backward pass
-        outline = _outline(job, task.y0.shape, task.ts.shape)
+        outline = self._outline = _outline(job, task.y0.shape, task.ts.shape)
         pointers = _pointers(self.tensors)
         problem = _Problem.from_buffer_copy(outline.problem)
         problem.tensors, problem.threads = ctypes.addressof(pointers), torch.get_num_threads()
@@ -132,7 +133,7 @@ class CPUSolve(ctypes.Structure):
             problem.grid, problem.grid_count = ctypes.addressof(grid), len(grid)
         if task.slope is not None:
             problem.slope = task.slope.data_ptr()
-        self._alive = outline, pointers, None if task.grid is None else grid
+        self._alive = pointers, None if task.grid is None else grid
         handle = self.functions.neuralode_begin(ctypes.addressof(problem), task.y0.dtype == torch.float64)
         if not handle:
             raise MemoryError("the kernels could not get the memory that a solve needs.")
@@ -151,7 +152,7 @@ class CPUSolve(ctypes.Structure):
         like, job = self.task.y0, self.task.job
         y0 = torch.empty_like(like) if wants_y0 else None
         wants = job.wants_gradient or itertools.repeat(False)
-        found = [_room(like, shape) if w else None for shape, w in zip(self._shapes, wants, strict=False)]
+        found = [_room(like, shape) if w else None for shape, w in zip(self._outline.shapes, wants, strict=False)]
         times = torch.empty_like(self.task.ts) if job.times_move else None
         grad_ys = grad_ys.contiguous()
         room = _pointers(found)

@@ -110,7 +110,7 @@ def host_values(ts: torch.Tensor) -> Any:
     """Times as floats, nested as their dimensions are, whatever torch.func has wrapped them in."""
     while torch._C._functorch.is_functorch_wrapped_tensor(ts):
         ts = torch._C._functorch.get_unwrapped(ts)
-    return ts.detach().tolist()
+    return ts.tolist()
 
 
 class Rows:
