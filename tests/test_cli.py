@@ -20,7 +20,7 @@ MISTAKES = {
     "key": (["optimizer.lrr=1"], ["optimizer.lrr", "did you mean 'optimizer.lr'"]),
     "added key": (["+solver.foo=3"], ["solver.foo", "Allowed"]),
     "group": (["optimizer=adamm"], ["unknown optimizer 'adamm'", "did you mean 'adam'"]),
-    "method": (["solver.method=dopr5"], ["did you mean 'dopri5'"]),
+    "method": (["solver.method=dopri"], ["did you mean 'dopri5'"]),
     "tolerance": (["solver.rtol=-1"], ["solver.rtol", "positive"]),
     "type": (["data.samples=few"], ["data.samples", "few"]),
     "syntax": (["data.samples=[1"], ["data.samples=[1", "key=value"]),

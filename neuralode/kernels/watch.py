@@ -185,7 +185,7 @@ class Watch:
             if isinstance(thing, type):
                 self._enter_class(thing, depth)
         elif isinstance(thing, _FROZEN):
-            pass
+            self.opaque |= isinstance(thing, torch.Tensor)  # of a class that may give it attributes of its own
         elif isinstance(thing, _GIVING):
             self._gives = f"it holds a {type(thing).__name__}, and what a call takes of that cannot be given back"
         elif isinstance(thing, np.ndarray):

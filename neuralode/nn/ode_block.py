@@ -43,6 +43,10 @@ class ODEBlock(nn.Module):
         super().__init__()
         if output not in ("final", "trajectory"):
             raise UsageError(f"output is {output!r}; it has to be 'final' or 'trajectory'.")
+        if not isinstance(solver, SolverConfig | None):
+            raise UsageError(
+                f"solver is a {type(solver).__name__}; give a SolverConfig, for example SolverConfig(method='tsit5')."
+            )
         self.field = field
         self.solver = solver or SolverConfig()
         self.augment, self.output = augment, output

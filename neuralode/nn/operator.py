@@ -17,6 +17,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from neuralode.errors import UsageError
 from neuralode.kernels.watch import Watch
@@ -58,10 +60,8 @@ def obstacle(number: int, training: bool) -> str:
     block = _blocks[number]
     reason = ""
     for module in block.modules():
-        if isinstance(module, _NormBase) and module.training and module.track_running_stats:
-            reason = (
-                f"its field has a {type(module).__name__} in training mode, which changes its statistics at every call"
-            )
+        if module.training and (what := _changes(module)):
+            reason = f"its field has a {type(module).__name__} in training mode, which {what} at every call"
         elif name := _loose(module):
             reason = f"its field holds the tensor {name!r}, which is no parameter and no buffer"
     if not reason and _changed_while_tracing(block):
@@ -75,6 +75,16 @@ def obstacle(number: int, training: bool) -> str:
 
 
 obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler's own way takes a second to import
+
+
+def _changes(module: nn.Module) -> str:
+    """What a module of PyTorch's does anew at every call in training mode; empty if nothing."""
+    if isinstance(module, _NormBase):
+        return "changes its statistics" if module.track_running_stats else ""
+    if isinstance(module, _SpectralNorm):
+        return "changes its buffers"
+    draws = module.p > 0 if isinstance(module, _DropoutNd) else isinstance(module, nn.RReLU)
+    return "draws random numbers" if draws else ""
 
 
 def _loose(module: nn.Module) -> str:

@@ -73,10 +73,12 @@ class RowDenseOutput:
 
     Args:
         steps: the pieces of all steps, in order.
+        held: rows, [R], that from the end of their last step to `end`, [R], stay where they are in `y`.
     """
 
-    def __init__(self, steps: Sequence[DensePiece], rows: Rows, packing: Packing):
-        self.steps, self.rows, self.packing = steps, rows, packing
+    def __init__(self, steps: Sequence[DensePiece], rows: Rows, packing: Packing, held: torch.Tensor,
+                 end: torch.Tensor, y: torch.Tensor):  # fmt: skip
+        self.steps, self.rows, self.packing, self.held, self.end, self.y = steps, rows, packing, held, end, y
 
     def __call__(self, t: Any) -> State:
         """The state at t.
@@ -103,6 +105,11 @@ class RowDenseOutput:
             value = piece.at(torch.where(inside, way / torch.where(inside, piece.size, 1.0), 0.0))
             state = value if state is None else torch.where(inside, value, state)
             found = found | inside.reshape(found.shape)
+        if state is not None:
+            start = self.steps[0].t
+            rest = self.held & ~found & ((times - start) * (self.end - start) > 0)
+            rest = rest & ((times - self.end) * (self.end - start) <= 1e-6 * (self.end - start).square())
+            state, found = torch.where(self.rows.spread(rest), self.y, state), found | rest
         if state is None or not bool(found.all()):
             row = int((~found).nonzero()[0])
             raise UsageError(f"t = {float(times[row]):g} lies outside the solve of sample {row}.")

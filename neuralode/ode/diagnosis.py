@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from neuralode.ode.packing import has_samples
 from neuralode.ode.solution import State, Stats, Status
 
 REMEDIES = {
@@ -22,7 +23,7 @@ _LONGER_STEPS = {"rkc2": "'esdirk4'", "esdirk4": ""}
 
 def diagnosis(
     status: Status, stats: Stats, time: float | None, suspect: State | None, stiffness: float = math.nan,
-    sample: int | None = None,
+    sample: int | None = None, steepest: int | None = None,
 ) -> str:  # fmt: skip
     """The message of a SolveError.
 
@@ -31,11 +32,13 @@ def diagnosis(
         suspect: the state or derivative in which to look for samples that are not finite.
         sample: which sample it was that could not go on, where samples have steps of their own.
         stiffness: h·‖J‖ of the step that was tried last; NaN if unknown.
+        steepest: where samples share their steps, the one that changes fastest.
     """
     where = f" at t = {time:.6g}" if time is not None else " in the first step"
     where += f" in sample {sample}" if sample is not None else ""
     samples = sorted(bad_samples(suspect))
-    who = f"; not finite in sample {', '.join(map(str, samples[:5]))}" if samples else ""
+    who = f"; fastest in sample {steepest}" if steepest is not None else ""
+    who = f"; not finite in sample {', '.join(map(str, samples[:5]))}" if samples else who
     steps = ", ".join(f"{h:.3g}" for h in stats.step_sizes[-3:])
     last = f"; last accepted steps {steps}" if steps else ""
     stiff = f"; h·‖J‖ is about {stiffness:.2g}" if math.isfinite(stiffness) else ""
@@ -65,6 +68,20 @@ def bad_samples(state: State | None) -> set[int]:
         finite = torch.isfinite(part.reshape(len(part) if part.dim() else 1, -1)).all(1)
         bad |= set((~finite).nonzero().flatten().tolist())
     return bad
+
+
+@torch.no_grad()
+def steepest_sample(state: State, slope: State) -> int | None:
+    """The sample, along dimension 0, that changes fastest for its size; None where there are not several."""
+    parts = state if isinstance(state, tuple) else (state,)
+    slopes = slope if isinstance(slope, tuple) else (slope,)
+    if not has_samples(state) or len(parts[0]) < 2:
+        return None
+    size, speed = (
+        sum(torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1).square() for x in given) for given in (parts, slopes)
+    )
+    rate = speed / (size + torch.finfo(parts[0].dtype).tiny)
+    return int(rate.nan_to_num(torch.inf).argmax())
 
 
 @torch.no_grad()

@@ -31,6 +31,8 @@ class EventWatch:
         self.events = list(events) if isinstance(events, Sequence) else [events]
         if not self.events:
             raise UsageError("events is an empty list; give one event or more, or leave it out.")
+        if odd := [event for event in self.events if not callable(event)]:
+            raise UsageError(f"events holds {odd[0]!r}; an event is a function g(t, y), or give a list of such.")
         self.args, self.loop, self.packing = args, loop, packing
         y = loop.y
         self.count = len(y) if y.dim() else 1
@@ -69,7 +71,10 @@ class EventWatch:
     def _met(self, piece: DensePiece) -> torch.Tensor:
         """The samples, [B], that meet their first event in a step; notes in `index` which event it is."""
         moved = torch.as_tensor(piece.h, device=self.index.device).expand(self.index.shape) != 0
-        values = torch.stack(self._values(*self._at(piece, 1.0))).sign()
+        time, y = self._at(piece, 1.0)
+        values = torch.stack(self._values(time, y))
+        self._refuse_nan(values, time, y)
+        values = values.sign()
         crossing = (values != self.signs) & (self.signs != 0) & moved & ~self.happened
         first = crossing.int().argmax(0)
         if len(self.events) > 1 and bool((crossing.sum(0) > 1).any()):
@@ -80,6 +85,15 @@ class EventWatch:
         self.signs = torch.where((values != 0) & moved, values, self.signs)
         return met
 
+    def _refuse_nan(self, values: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
+        """Raises UsageError if an event says nothing of a sample whose state is finite."""
+        lost = (values != values).any(0) & ~self.happened
+        if bool(lost.any()) and bool(torch.isfinite(y).all()):
+            sample = int(lost.flatten().nonzero()[0])
+            at = float(t.expand(self.shape).flatten()[sample])
+            where = "" if self.whole else f" of sample {sample}"
+            raise UsageError(f"an event{where} is NaN at t = {at:g}, where the state is finite; it has to be a number.")
+
     def fill(self, ts: torch.Tensor) -> torch.Tensor:
         """The states [T, *shape] at the output times, [T] or [B, T]; from its event on each sample stays as it was.
 
@@ -87,6 +101,9 @@ class EventWatch:
         """
         loop, outputs = self.loop, ts.shape[-1]
         times = torch.where(self.happened, self.times, ts[..., -1].to(self.times.dtype))
+        if loop.y.numel():  # a batch in which nothing happens has times too that can be differentiated, by zero
+            first = loop.y.reshape(self.count, -1)[:, 0].real if not self.whole else loop.y.flatten()[0].real
+            times = torch.where(torch.zeros_like(self.happened), first, times)
         self.found = Events(times, self.packing.unpack(loop.y), self.happened, self.index)
         pieces = list(loop.outputs)
         if isinstance(loop, Integration):

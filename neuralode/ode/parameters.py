@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ class HeldField:
         self._buffers: list[torch.Tensor] = []
         self._read: list[torch.Tensor] = []
         self._places: list[Any] = []
+        self._numbers: dict[tuple[int, str], Any] = {}
         self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
@@ -69,11 +72,13 @@ class HeldField:
         modules = [self.module] if self.module is not None else Watch(self.field).modules
         self._buffers = [x for x in {id(x): x for m in modules for x in m.buffers()}.values() if _plain(x)]
         others = [x for x in self.captured.values() if not x.requires_grad]
-        before = _places(others)
+        before, numbers = _places(others), _numbers(self.field)
         yield
         same = [now == then for now, then in zip(_places(others), before, strict=True)]
         self._left = [(x, x.clone()) for x, kept in zip(others, same, strict=True) if not kept]
-        self._read = [*inputs, *(x for x, kept in zip(others, same, strict=True) if kept and not _counts(x))]
+        self._numbers = {place: x for place, x in _numbers(self.field).items() if _is(x, numbers.get(place))}
+        loose = [x for x in self._numbers.values() if isinstance(x, torch.Tensor)]
+        self._read = [*inputs, *loose, *(x for x, kept in zip(others, same, strict=True) if kept and not _counts(x))]
         self._places = _places(self._read)
 
     def begin_backward(self) -> None:
@@ -84,9 +89,14 @@ class HeldField:
         """
         if _places(self._read) != self._places:
             raise UsageError(f"a parameter or a buffer was changed {_SINCE}; take the gradient first, or {REMEDY}")
+        now = _numbers(self.field)
+        for place, x in self._numbers.items():
+            if not _is(now.get(place), x):
+                name = place[1]
+                raise UsageError(f"{name!r} of the field was changed {_SINCE}; take the gradient first, or {REMEDY}")
         if self.module is not None:
-            now = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-            self._rebind = any(now.get(name) is not tensor for name, tensor in self.captured.items())
+            held = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+            self._rebind = any(held.get(name) is not tensor for name, tensor in self.captured.items())
 
     @contextlib.contextmanager
     def as_solved(self) -> Iterator[None]:
@@ -123,6 +133,26 @@ def _places(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int | None]]:
     """Where tensors lie and how often they were changed: autograd does not see `.data = ...`, nor, where others' hooks
     save the tensors, a change in place."""
     return [(x.data_ptr() if x.layout is torch.strided else 0, writes(x)) for x in tensors]
+
+
+def _numbers(field: Callable[..., Any]) -> dict[tuple[int, str], Any]:
+    """The numbers and tensors that a module's parts have for attributes, or that a function closes over, by name."""
+    if isinstance(field, nn.Module):
+        owners: list[tuple[int, Mapping[str, Any]]] = [(id(module), vars(module)) for module in field.modules()]
+    elif isinstance(field, types.FunctionType):
+        owners = [(id(field), inspect.getclosurevars(field).nonlocals)]
+    else:
+        owners = []
+    found = {(owner, name): x for owner, values in owners for name, x in values.items() if isinstance(x, _NUMBER)}
+    return {place: x for place, x in found.items() if place[1] != "training"}  # which few fields look at
+
+
+_NUMBER = (bool, int, float, complex, torch.Tensor)
+
+
+def _is(a: Any, b: Any) -> bool:
+    """Whether two of them are the same: one tensor, or equal numbers."""
+    return a is b or (not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and a == b)
 
 
 def _plain(x: torch.Tensor) -> bool:

@@ -75,7 +75,7 @@ class SolverConfig:
             value = getattr(self, name)
             optional = name not in ("rtol", "atol")
             if not (optional and value is None) and not (_is_finite(value) and value > 0):
-                shown = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else value
+                shown = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
                 raise UsageError(f"solver.{name} is {shown}; it has to be a positive number, as a float.")
         for name, least in (("max_steps", 1), ("memory_budget", 0)):
             value = getattr(self, name)
@@ -89,7 +89,9 @@ class SolverConfig:
             and self.step_size is None
             and not set(self.options) & {"step_size", "grid_constructor"}
         ):
-            raise UsageError(f"method {self.method!r} takes fixed steps: give solver.step_size, for example 0.1.")
+            raise UsageError(
+                f"method {self.method!r} takes fixed steps: give step_size (solver.step_size), such as 0.1."
+            )
 
     def controller_object(self) -> Controller:
         """The controller with its limits, after the options safety, ifactor and dfactor of torchdiffeq."""

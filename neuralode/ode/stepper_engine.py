@@ -11,7 +11,7 @@ import torch
 from neuralode.errors import UsageError
 from neuralode.ode.adjoint import solve_with_adjoint
 from neuralode.ode.clock import host_values
-from neuralode.ode.diagnosis import diagnosis, diagnosis_of_fixed_steps, jacobian_norm
+from neuralode.ode.diagnosis import diagnosis, diagnosis_of_fixed_steps, jacobian_norm, steepest_sample
 from neuralode.ode.events import Event, EventWatch
 from neuralode.ode.memory import MemoryBudget
 from neuralode.ode.observed_field import Field, tensors
@@ -138,12 +138,14 @@ def _explained(failure: Failure, integration: Loop, packing: Packing, stats: Sta
     if failure.status is Status.MAX_STEPS and allowed < steps < math.inf:
         stats.diagnosis = diagnosis_of_fixed_steps(stats.method, int(steps), allowed)
         return SolveError(stats.diagnosis, failure.status, stats)
-    y, stiffness = failure.y.detach(), math.nan
+    y, stiffness, steepest = failure.y.detach(), math.nan, None
     if failure.status is not Status.NON_FINITE and not in_transform():
         time = integration.moment()
         field = integration.field
         stiffness = abs(failure.h) * jacobian_norm(lambda x: field.field(time, x, *field.args), y)
+        if failure.sample is None and integration.f0 is not None:
+            steepest = steepest_sample(packing.unpack(y), packing.unpack(integration.f0.detach()))
     begun = failure.t if stats.accepted else None
     suspect = None if in_transform() else packing.unpack(failure.suspect.detach())
-    stats.diagnosis = diagnosis(failure.status, stats, begun, suspect, stiffness, failure.sample)
+    stats.diagnosis = diagnosis(failure.status, stats, begun, suspect, stiffness, failure.sample, steepest)
     return SolveError(stats.diagnosis, failure.status, stats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -166,3 +167,16 @@ def test_a_mode_around_the_solve() -> None:
     torch.testing.assert_close(again.ys, plain.ys)
     with torch.device("cpu"):  # a mode of PyTorch's own, for tensors that are made
         assert solve(field, Y0, [0.0, 1.0]).stats.engine == "fused"
+
+
+class Tagged(torch.Tensor):
+    """A tensor that may have attributes."""
+
+
+def test_an_attribute_of_a_tensor_of_a_class_of_its_own() -> None:
+    rate: Any = torch.tensor(1.0).as_subclass(Tagged)
+    rate.gain = 1.0
+    for gain in (1.0, 3.0):
+        rate.gain = gain
+        found = solve(lambda t, y: -y * rate.gain, Y0, [0.0, 1.0]).ys
+        torch.testing.assert_close(found[1], Y0 * math.exp(-gain), rtol=1e-3, atol=1e-4)

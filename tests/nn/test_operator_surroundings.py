@@ -186,3 +186,18 @@ def test_an_exported_program_runs_where_its_block_is_and_says_so_elsewhere(tmp_p
     )
     assert "UsageError: there is no ODEBlock" in ended.stderr
     assert "another process exported the program" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.3), nn.RReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))], ids=str
+)
+def test_fields_that_draw_or_write_in_training_mode_are_left_out(layer: nn.Module) -> None:
+    block = ODEBlock(nn.Sequential(nn.Linear(4, 4), layer).double(), SolverConfig(method="rk4", step_size=0.5))
+    again = copy.deepcopy(block)
+    torch.manual_seed(0)
+    block(X).sum().backward()
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="torch.compile leaves an ODEBlock out, for its field has a .* in training"):
+        torch.compile(again, backend="eager")(X).sum().backward()
+    for wanted, found in zip(block.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad)

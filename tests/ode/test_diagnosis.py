@@ -203,3 +203,13 @@ def test_the_last_steps_are_shown() -> None:
     error = failed(lambda t, y: -y, ONES, [0.0, 100.0], max_steps=6)
     shown = ", ".join(f"{size:.3g}" for size in error.stats.step_sizes[-3:])
     assert f"last accepted steps {shown};" in str(error)
+
+
+@pytest.mark.parametrize("others", [(), (torch.ones(3),)], ids=["tensor", "tuple"])
+def test_an_underflow_of_shared_steps_names_the_fastest_sample(others: tuple[torch.Tensor, ...]) -> None:
+    def field(t: torch.Tensor, y: Any) -> Any:
+        return (y[0] ** 2, -y[1]) if others else y**2
+
+    y0 = torch.tensor([[0.1], [1.0], [0.2]])
+    assert "step size underflow" in str(error := failed(field, (y0, *others) if others else y0, [0.0, 2.0]))
+    assert "fastest in sample 1" in str(error)

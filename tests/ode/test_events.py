@@ -348,3 +348,38 @@ def test_an_empty_list_of_events_is_refused() -> None:
 
 def test_methods_here_exist() -> None:
     assert set(METHOD_NAMES) <= set(METHODS)
+
+
+def test_a_batch_in_which_nothing_happens_has_gradients_of_zero() -> None:
+    rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    y0 = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    solution = solve(lambda t, y: -rate * y, y0, [0.0, 1.0], events=lambda t, y: y[:, 0] - 0.5)
+    assert solution.events is not None
+    assert not solution.events.happened.any()
+    (gradient,) = torch.autograd.grad(solution.events.ts.sum(), rate)
+    assert gradient == 0
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_an_event_that_is_nan_is_named(per_sample: bool) -> None:
+    y0 = torch.tensor([[9.0], [2.0]])
+    with pytest.raises(UsageError, match="event of sample 1 is NaN at t = "):
+        solve(lambda t, y: -y, y0, [0.0, 1.0], events=lambda t, y: (y[:, 0] - 1.5).log(), per_sample=per_sample)
+
+
+def test_an_event_is_a_function() -> None:
+    with pytest.raises(UsageError, match=r"events holds 3; an event is a function"):
+        solve(lambda t, y: -y, torch.ones(2, 1), [0.0, 1.0], events=[3])
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_dense_output_after_an_event_is_its_state(per_sample: bool) -> None:
+    y0 = torch.tensor([[1.0], [2.0], [4.0]], dtype=torch.float64)
+    solution = solve(lambda t, y: -y, y0, [0.0, 2.0], events=lambda t, y: y[:, 0] - 1.5, dense=True,
+                     per_sample=per_sample, rtol=1e-9, atol=1e-9)  # fmt: skip
+    assert solution.dense is not None
+    wanted = torch.tensor([[math.exp(-1.9)], [1.5], [1.5]], dtype=torch.float64)
+    torch.testing.assert_close(solution.dense(1.9), wanted, rtol=1e-6, atol=0)
+    for outside in (-0.5, 2.5):
+        with pytest.raises(UsageError, match="outside the solve"):
+            solution.dense(outside)

@@ -92,3 +92,42 @@ def test_a_batch_without_samples(how: dict[str, Any]) -> None:
     y0, rate = start()[:0], leaf(0.5)
     solve(lambda t, y: rate * y, y0, [0.0, 1.0], engine="stepper", **how).final.sum().backward()
     assert torch.equal(rate.grad, torch.zeros_like(rate))
+
+
+class Controlled(nn.Module):
+    """A field whose control has no effect at the end of the solve."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2, dtype=torch.float64)
+        self.control: Any = 1.0
+        self.nfe = 0
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.nfe += 1
+        return torch.tanh(self.linear(y)) + self.control * torch.relu(0.5 - t) * y
+
+
+@pytest.mark.parametrize("control", [1.0, torch.tensor(1.0)], ids=["number", "tensor"])
+@pytest.mark.parametrize("way", [{"gradient": "adjoint"}, {"checkpoint": "always"}, {"checkpoint": 2}], ids=str)
+def test_a_change_that_shows_only_early_in_the_solve_is_noticed(way: dict[str, Any], control: Any) -> None:
+    field, y0 = Controlled(), torch.ones(3, 2, dtype=torch.float64)
+    field.control = control
+    final = solve(field, y0, [0.0, 1.0], engine="stepper", **way).final
+    field.nfe = 0  # which programs read and reset between the two passes
+    torch.autograd.grad(final.sum(), field.linear.bias, retain_graph=True)
+    field.control = 3.0 * control
+    with pytest.raises(UsageError, match="'control' of the field was changed between the solve and its gradient"):
+        torch.autograd.grad(final.sum(), field.linear.bias)
+
+
+def test_a_change_of_what_a_function_closes_over_is_noticed() -> None:
+    weight, control = torch.ones(2, dtype=torch.float64, requires_grad=True), 1.0
+
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(weight * y) + control * torch.relu(0.5 - t) * y
+
+    final = solve(field, torch.ones(3, 2, dtype=torch.float64), [0.0, 1.0], gradient="adjoint").final
+    control = 3.0
+    with pytest.raises(UsageError, match="'control' of the field was changed"):
+        torch.autograd.grad(final.sum(), weight)
