@@ -39,7 +39,7 @@ def in_words(step: int, sharpness: float, threshold: float, formula: str, steps_
 def _relation(ratio: float) -> str:
     if ratio > 1.02:
         return "is beyond"
-    return "has reached" if ratio >= 0.98 else "is below"
+    return "is about at" if ratio >= 0.98 else "is below"
 
 
 def _expectation(ratio: float) -> str:

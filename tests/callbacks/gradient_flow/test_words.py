@@ -23,7 +23,7 @@ def said(ratio: float, steps_to_edge: float = INF, rate: float = NAN, fall: floa
         (0.3, "is below 2/η = 200", "stable, far from the edge"),
         (0.7, "is below", "; stable."),
         (0.9, "is below", "near the edge of stability"),
-        (1.0, "has reached 2/η", "expect oscillation along the top eigenvector"),
+        (1.0, "is about at 2/η", "expect oscillation along the top eigenvector"),
         (1.2, "is beyond 2/η", "expect oscillation along the top eigenvector"),
         (-0.1, "is below", "the loss curves downwards in every direction"),
         (NAN, "is below", "the training has diverged"),
