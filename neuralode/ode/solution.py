@@ -40,10 +40,10 @@ class Stats:
     """Vector-Jacobian products of the field in the backward pass, so far."""
     accepted: int | None = None
     rejected: int | None = None
-    accepted_per_sample: torch.Tensor | None = None
+    accepted_per_sample: torch.Tensor | None = field(default=None, repr=False)
     """Accepted steps of each sample, [B], where samples have steps of their own; `accepted` is then the largest."""
-    rejected_per_sample: torch.Tensor | None = None
-    step_sizes: list[float] = field(default_factory=list)
+    rejected_per_sample: torch.Tensor | None = field(default=None, repr=False)
+    step_sizes: list[float] = field(default_factory=list, repr=False)
     """Sizes of the accepted steps, in the units of t, in order."""
     seconds: float = 0.0
     """Wall time of the forward solve."""
