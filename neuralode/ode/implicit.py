@@ -104,6 +104,12 @@ class ESDIRK4:
         return None
 
 
+def _computed_in(y: torch.Tensor) -> torch.dtype:
+    """The type whose rounding a field of this state has: that of autocast, where it is on."""
+    device = y.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else y.dtype
+
+
 class _Newton:
     """Newton's iteration for the stages of one step, on one matrix I - hγJ for as long as it converges fast."""
 
@@ -131,7 +137,7 @@ class _Newton:
         if len(jacobian) > 1:
             probe = torch.arange(y.numel(), dtype=y.dtype, device=y.device).cos().view(len(jacobian), 1, -1)
             gap = (pull(probe.view_as(y)).reshape(probe.shape) - probe @ jacobian).abs().amax()
-            allowed = 10 * torch.finfo(y.dtype).eps ** 0.5 * (probe.abs() @ jacobian.abs()).amax()
+            allowed = 10 * torch.finfo(_computed_in(y)).eps ** 0.5 * (probe.abs() @ jacobian.abs()).amax()
             if to_host(gap - allowed) > 0:
                 raise UsageError(
                     f"the field lets the samples along dimension 0 of the state, of shape {tuple(y.shape)}, depend on "

@@ -377,3 +377,13 @@ def test_methods_say_whether_they_differentiate_the_field() -> None:
     assert [name for name, method in METHODS.items() if method.differentiates] == ["esdirk4"]
     with torch.inference_mode():
         esdirk4(lambda t, y: -y, tensor([1.0, 2.0]), tensor(0.0, 1.0))
+
+
+def test_rounding_under_autocast_is_no_coupling_of_samples() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 3))
+    y0 = torch.randn(3, 3)
+    exact = solve(lambda t, y: net(y), y0, [0.0, 1.0], method="esdirk4", rtol=1e-6, atol=1e-6).final
+    with torch.autocast("cpu", torch.bfloat16):
+        found = solve(lambda t, y: net(y), y0, [0.0, 1.0], method="esdirk4", rtol=1e-2, atol=1e-2).final
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.05)
