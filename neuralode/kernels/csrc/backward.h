@@ -213,24 +213,50 @@ inline void Solve::load_cotangent(int64_t index, int j, Vec* to) const {
 // Takes in what the outputs of a step were given; true if the slope at its end got something.
 inline bool Solve::pull_outputs(Worker& w, int64_t index, const Record& r, const Vec* y1, TimeGradient& dt) {
     bool reads_end = false;
-    each_reading(index, r.t, r.h, r.first, r.last, [&](int j, const Reading& reading, int l, double theta) {
-        Vec* g = w.cotangent;
-        if (l < 0) {
-            load_cotangent(index, j, g);
-        } else {
-            zero(g);
-            const T* from = cotangents + ((int64_t)j * p.rows + index * TILE + l) * p.width;
-            for (int d = 0; d < p.width; d++) ((T*)g)[d * TILE + l] = from[d];
-        }
-        Vec size[VECS];
-        for (int i = 0; i < TILE; i++) ((T*)size)[i] = T(r.h[i]);
+    if (p.per_sample) {
+        for (int l = 0; l < valid(index); l++)
+            if (r.first[l] < r.last[l]) reads_end |= pull_row(w, index, l, r, y1, dt);
+        return reads_end;
+    }
+    Vec size[VECS], *g = w.cotangent;
+    for (int i = 0; i < TILE; i++) ((T*)size)[i] = T(r.h[i]);
+    auto pull = [&](int j, const Reading& reading, double theta, bool ends) {
+        load_cotangent(index, j, g);
         if (reading.start) add(reading.start, g, w.to_start);
         if (reading.finish) add(reading.finish, g, w.to_end);
         for (int i = 0; i < m.slopes(); i++)
             if (reading.slope[i]) add(reading.slope[i], size, g, w.k[i]), reads_end |= i == m.end();
-        if (p.times_move && !at_end(times(index, std::max(l, 0)), j, r.t[std::max(l, 0)], r.h[std::max(l, 0)]))
-            pull_reading(w, index, r, y1, j, reading, theta, g, dt);
-    });
+        if (!p.times_move || ends) return;
+        const Slope slope(m, theta);
+        for (int l = 0; l < valid(index); l++)
+            pull_reading(w, index, l, r, y1, j, reading, slope, theta, (const T*)g + l, TILE, dt);
+    };
+    each_reading(index, 0, r.t[0], r.h[0], r.first[0], r.last[0], pull);
+    return reads_end;
+}
+
+// The same for one row; what its outputs were given is summed up first.
+inline bool Solve::pull_row(Worker& w, int64_t index, int l, const Record& r, const Vec* y1, TimeGradient& dt) {
+    const int width = p.width;
+    T to_start[width], to_end[width], to_k[m.slopes() * width];
+    std::fill_n(to_start, width, T(0)), std::fill_n(to_end, width, T(0)), std::fill_n(to_k, m.slopes() * width, T(0));
+    bool reads_end = false;
+    auto pull = [&](int j, const Reading& reading, double theta, bool ends) {
+        const T* g = cotangents + ((int64_t)j * p.rows + index * TILE + l) * width;
+        const T start = T(reading.start), finish = T(reading.finish);
+        for (int d = 0; d < width; d++) to_start[d] += start * g[d], to_end[d] += finish * g[d];
+        for (int q = 0; q < m.slopes(); q++)
+            if (const T weight = T(reading.slope[q])) {
+                for (int d = 0; d < width; d++) to_k[q * width + d] += weight * g[d];
+                reads_end |= q == m.end();
+            }
+        if (p.times_move && !ends)
+            pull_reading(w, index, l, r, y1, j, reading, Slope(m, theta), theta, g, 1, dt);
+    };
+    each_reading(index, l, r.t[l], r.h[l], r.first[l], r.last[l], pull);
+    for (int d = 0; d < width; d++) entry(w.to_start, d, l) += to_start[d], entry(w.to_end, d, l) += to_end[d];
+    for (int q = 0; q < m.slopes(); q++)
+        for (int d = 0; d < width; d++) entry(w.k[q], d, l) += T(r.h[l]) * to_k[q * width + d];
     return reads_end;
 }
 
@@ -264,27 +290,25 @@ inline void Solve::pull_size(TimeGradient& dt, const Vec* adjoint, Vec* const* k
                     dt.size[l] += weights[i] * ((const T*)adjoint)[d * TILE + l] * ((const T*)k[i])[d * TILE + l];
 }
 
-inline void Solve::pull_reading(Worker& w, int64_t index, const Record& r, const Vec* y1, int j, const Reading& reading,
-                  double theta, const Vec* g, TimeGradient& dt) {
-    const Slope slope(m, theta);
-    for (int l = 0; l < valid(index); l++) {
-        double by_theta = 0, by_size = 0;
-        for (int d = 0; d < p.width; d++) {
-            const int i = d * TILE + l;
-            double along = 0, through = 0;
-            for (int q = 0; q < m.slopes(); q++) {
-                along += slope.slope[q] * ((const T*)w.values[q])[i];
-                through += reading.slope[q] * ((const T*)w.values[q])[i];
-            }
-            along = r.h[l] * along + slope.start * ((const T*)r.y)[i] + slope.finish * ((const T*)y1)[i];
-            by_theta += along * ((const T*)g)[i], by_size += through * ((const T*)g)[i];
+// What a reading at θ of a row gives to the times; the row's cotangent has its features `stride` apart.
+inline void Solve::pull_reading(Worker& w, int64_t index, int l, const Record& r, const Vec* y1, int j,
+                                const Reading& reading, const Slope& slope, double theta, const T* g, int stride,
+                                TimeGradient& dt) {
+    double by_theta = 0, by_size = 0;
+    for (int d = 0; d < p.width; d++) {
+        double along = 0, through = 0;
+        for (int q = 0; q < m.slopes(); q++) {
+            along += slope.slope[q] * entry(w.values[q], d, l);
+            through += reading.slope[q] * entry(w.values[q], d, l);
         }
-        dt.size[l] += by_size;
-        if (!r.h[l]) continue;
-        const double by_time = by_theta / r.h[l];  // θ = (t_j - t) / h
-        time_total(w, index, l)[j] += by_time;
-        dt.start[l] -= by_time, dt.size[l] -= theta * by_time;
+        along = r.h[l] * along + slope.start * entry(r.y, d, l) + slope.finish * entry(y1, d, l);
+        by_theta += along * g[d * stride], by_size += through * g[d * stride];
     }
+    dt.size[l] += by_size;
+    if (!r.h[l]) return;
+    const double by_time = by_theta / r.h[l];  // θ = (t_j - t) / h
+    time_total(w, index, l)[j] += by_time;
+    dt.start[l] -= by_time, dt.size[l] -= theta * by_time;
 }
 
 // A step starts where the grid has it, which moves with the first time, or with the output that a step ended at

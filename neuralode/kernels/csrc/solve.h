@@ -18,6 +18,10 @@ inline double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// Feature d of row l of a tile.
+inline T& entry(Vec* x, int d, int l) { return ((T*)x)[d * TILE + l]; }
+inline T entry(const Vec* x, int d, int l) { return ((const T*)x)[d * TILE + l]; }
+
 // The step of every row of a tile.
 struct Steps {
     double t[TILE], h[TILE];
@@ -142,8 +146,8 @@ class Solve : public Solver {
     void keep_rows(Vec* to, const Vec* from, uint32_t moved) const;
     bool at_end(const double* ts, int j, double t, double h) const;
     template <typename Use>
-    void each_reading(int64_t index, const double* t, const double* h, const int32_t* first, const int32_t* last,
-                      Use use) const;
+    void each_reading(int64_t index, int l, double t, double h, int first, int last, Use use) const;
+    void read_row(int64_t index, int l, const Tile& tile, const Steps& steps, int first, int last);
     void read_outputs(int64_t index, const Tile& tile, const Steps& steps, const int32_t* first, const int32_t* last);
     void read(const Reading& r, const Vec* y, const Vec* y1, Vec* const* k, const Vec* size, Vec* out) const;
 
@@ -186,6 +190,7 @@ class Solve : public Solver {
     void pass_by(uint32_t moved, Vec* from, Vec* to) const;
     void load_cotangent(int64_t index, int j, Vec* to) const;
     bool pull_outputs(Worker& w, int64_t index, const Record& r, const Vec* y1, TimeGradient& dt);
+    bool pull_row(Worker& w, int64_t index, int l, const Record& r, const Vec* y1, TimeGradient& dt);
 
     // gradients of the times
     double* time_total(Worker& w, int64_t index, int l);
@@ -193,8 +198,8 @@ class Solve : public Solver {
                         const Vec* slots, const Vec* y1);
     void pull_time(Worker& w, TimeGradient& dt, double c) const;
     void pull_size(TimeGradient& dt, const Vec* adjoint, Vec* const* k, const double* weights, int count) const;
-    void pull_reading(Worker& w, int64_t index, const Record& r, const Vec* y1, int j, const Reading& reading,
-                      double theta, const Vec* g, TimeGradient& dt);
+    void pull_reading(Worker& w, int64_t index, int l, const Record& r, const Vec* y1, int j, const Reading& reading,
+                      const Slope& slope, double theta, const T* g, int stride, TimeGradient& dt);
     void give_times(Worker& w, int64_t index, const Record& r, const TimeGradient& dt);
     void collect(void* const* grad_tensors, double* grad_times);
 };

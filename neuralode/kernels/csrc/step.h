@@ -232,36 +232,44 @@ inline bool Solve::at_end(const double* ts, int j, double t, double h) const {
     return std::fabs(ts[j] - end) <= rounding && (!p.times_move || m.lands || j == p.times - 1);
 }
 
-// Calls use(j, reading, l) for the outputs in a step of row l.
+// Calls use(j, reading, θ, whether it is the end) for outputs `first` to `last`, which lie in the step (t, h) of row l.
 template <typename Use>
-inline void Solve::each_reading(int64_t index, const double* t, const double* h, const int32_t* first, const int32_t* last,
-                  Use use) const {
-    const bool alike = !p.per_sample;
-    for (int l = 0; l < (alike ? 1 : valid(index)); l++)
-        for (int j = first[l]; j < last[l]; j++) {
-            const double* ts = times(index, l);
-            const double theta = h[l] ? (ts[j] - t[l]) / h[l] : 0;
-            use(j, Reading(m, theta, at_end(ts, j, t[l], h[l])), alike ? -1 : l, theta);
-        }
+inline void Solve::each_reading(int64_t index, int l, double t, double h, int first, int last, Use use) const {
+    const double* ts = times(index, l);
+    for (int j = first; j < last; j++) {
+        const double theta = h ? (ts[j] - t) / h : 0;
+        const bool ends = at_end(ts, j, t, h);
+        use(j, Reading(m, theta, ends), theta, ends);
+    }
 }
 
 inline void Solve::read_outputs(int64_t index, const Tile& tile, const Steps& steps, const int32_t* first, const int32_t* last) {
-    each_reading(index, steps.t, steps.h, first, last, [&](int j, const Reading& r, int l, double) {
-        T* to = (T*)p.ys + (int64_t)j * p.rows * p.width;
-        if (l < 0) {
-            Vec out[p.width * VECS];
-            read(r, tile.y, tile.y1, tile.k, steps.size, out);
-            store(index, out, to);
-            return;
-        }
-        for (int d = 0; d < p.width; d++) {
-            const int i = d * TILE + l;
-            T sum = 0;
-            for (int q = 0; q < m.slopes(); q++)
-                if (r.slope[q]) sum += T(r.slope[q]) * ((const T*)tile.k[q])[i];
-            to[(index * TILE + l) * p.width + d] = T(r.start) * ((const T*)tile.y)[i] +
-                                                   T(r.finish) * ((const T*)tile.y1)[i] + T(steps.h[l]) * sum;
-        }
+    if (!p.per_sample)
+        return each_reading(index, 0, steps.t[0], steps.h[0], first[0], last[0],
+                            [&](int j, const Reading& r, double, bool) {
+                                Vec out[p.width * VECS];
+                                read(r, tile.y, tile.y1, tile.k, steps.size, out);
+                                store(index, out, (T*)p.ys + (int64_t)j * p.rows * p.width);
+                            });
+    for (int l = 0; l < valid(index); l++)
+        if (first[l] < last[l]) read_row(index, l, tile, steps, first[l], last[l]);
+}
+
+// The outputs of one row; what they are read from is laid side by side first.
+inline void Solve::read_row(int64_t index, int l, const Tile& tile, const Steps& steps, int first, int last) {
+    const int width = p.width;
+    T y[width], y1[width], k[m.slopes() * width], sum[width];
+    for (int d = 0; d < width; d++) y[d] = entry(tile.y, d, l), y1[d] = entry(tile.y1, d, l);
+    for (int q = 0; q < m.slopes(); q++)
+        for (int d = 0; d < width; d++) k[q * width + d] = entry(tile.k[q], d, l);
+    each_reading(index, l, steps.t[l], steps.h[l], first, last, [&](int j, const Reading& r, double, bool) {
+        T* to = (T*)p.ys + ((int64_t)j * p.rows + index * TILE + l) * width;
+        std::fill_n(sum, width, T(0));
+        for (int q = 0; q < m.slopes(); q++)
+            if (const T weight = T(r.slope[q]))
+                for (int d = 0; d < width; d++) sum[d] += weight * k[q * width + d];
+        const T start = T(r.start), finish = T(r.finish), h = T(steps.h[l]);
+        for (int d = 0; d < width; d++) to[d] = start * y[d] + finish * y1[d] + h * sum[d];
     });
 }
 
