@@ -72,11 +72,11 @@ class HeldField:
         modules = [self.module] if self.module is not None else Watch(self.field).modules
         self._buffers = [x for x in {id(x): x for m in modules for x in m.buffers()}.values() if _plain(x)]
         others = [x for x in self.captured.values() if not x.requires_grad]
-        before, numbers = _places(others), _numbers(self.field)
+        before = _places(others)
         yield
         same = [now == then for now, then in zip(_places(others), before, strict=True)]
         self._left = [(x, x.clone()) for x, kept in zip(others, same, strict=True) if not kept]
-        self._numbers = {place: x for place, x in _numbers(self.field).items() if _is(x, numbers.get(place))}
+        self._numbers = {place: x for place, x in _numbers(self.field).items() if _is(x, self._numbers.get(place))}
         loose = [x for x in self._numbers.values() if isinstance(x, torch.Tensor)]
         self._read = [*inputs, *loose, *(x for x, kept in zip(others, same, strict=True) if kept and not _counts(x))]
         self._places = _places(self._read)
@@ -123,6 +123,7 @@ class HeldField:
                 no later evaluation could reach.
         """
         known = self.registered
+        self._numbers = _numbers(self.field)
         with torch.enable_grad():
             mark = new_mark()
             dy = evaluate()
