@@ -28,15 +28,12 @@ def stop_at_once(signum: int, _frame: FrameType | None) -> None:
     raise Stopped(signum)
 
 
-def _nearness(given: str, name: str) -> float:
-    return difflib.SequenceMatcher(None, name, given).ratio()
-
-
 def unknown(kind: str, given: object, allowed: Iterable[str], advice: str = "") -> str:
     """The sentence for a name that does not exist, with the nearest one that does."""
     names = sorted(set(allowed))
-    near = difflib.get_close_matches(str(given), names, n=len(names) or 1, cutoff=0.5)
     # the first of those that are as near as the nearest: 'dopri5' for 'dopri'
-    guess = f"; did you mean {min(near, key=lambda name: (-_nearness(str(given), name), name))!r}?" if near else "."
+    nearness = {name: difflib.SequenceMatcher(None, name, str(given)).ratio() for name in names}
+    near = max(names, key=lambda name: nearness[name], default="")
+    guess = f"; did you mean {near!r}?" if nearness.get(near, 0.0) >= 0.5 else "."
     sentence = f"unknown {kind} {given!r}{guess} Allowed: {', '.join(names) or 'none'}."
     return f"{sentence} {advice}".rstrip()

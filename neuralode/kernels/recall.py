@@ -38,12 +38,14 @@ _remembered: collections.OrderedDict[int, dict[Any, Remembered]] = collections.O
 
 def circumstances(t: torch.Tensor, y: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
     """What a program depends on besides the field."""
-    return tuple(map(look, y)) if isinstance(y, tuple) else look(y), t.shape, t.dtype, modes()
+    return look(y), t.shape, t.dtype, modes()
 
 
-def look(x: torch.Tensor) -> Any:
+def look(y: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
     """What a program depends on of a state."""
-    return x.shape, x.dtype, x.device, x.is_contiguous(), x.is_inference()
+    if isinstance(y, tuple):
+        return tuple(map(look, y))
+    return y.shape, y.dtype, y.device, y.is_contiguous(), y.is_inference()
 
 
 def modes() -> Any:

@@ -115,5 +115,5 @@ class Report(ctypes.Structure):
     _fields_ = [
         ("status", Int),
         *((name, Long) for name in ("accepted", "rejected", "evaluations", "products", "kept_bytes", "steps")),
-        ("sizes", Double * 64),
+        ("sizes", Double * 64),  # FIRST_SIZES in csrc/problem.h
     ]

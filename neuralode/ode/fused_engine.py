@@ -166,8 +166,7 @@ _kinds: dict[Any, _Kind] = {}
 
 
 def _kind_of(config: SolverConfig, y0: State, ts: torch.Tensor) -> _Kind:
-    parts = tuple(map(look, y0)) if isinstance(y0, tuple) else look(y0)
-    key = _settings(config), *config.options.items(), parts, ts.shape, ts.requires_grad, modes()
+    key = _settings(config), *config.options.items(), look(y0), ts.shape, ts.requires_grad, modes()
     try:
         found = _kinds.get(key)
     except TypeError:  # an option that is no key

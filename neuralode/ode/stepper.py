@@ -96,9 +96,8 @@ class CountedField:
         dy = self.field(t, y, *self.args)
         if writes(y) != before:
             self.writes = True
-            if copy is None or not torch.allclose(
-                copy, y, 0, 0, equal_nan=True
-            ):  # what leaves the numbers, such as a clamp, may pass
+            # what leaves the numbers as they were, such as a clamp, may pass
+            if copy is None or not torch.allclose(copy, y, 0, 0, equal_nan=True):
                 raise UsageError(
                     "the field writes into the state that it is given, which the solve still needs; make a new tensor, "
                     "for example dy = -y instead of y *= -1, or start from y.clone()."
