@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,14 +14,7 @@ from neuralode.ode.dense import DenseOutput
 from neuralode.ode.diagnosis import diagnosis
 from neuralode.ode.explicit import moment
 from neuralode.ode.packing import Packing
-from neuralode.ode.parameters import (
-    Autocast,
-    HeldField,
-    new_mark,
-    refuse_another_field,
-    refuse_more_leaves,
-    stand_ins_for,
-)
+from neuralode.ode.parameters import Autocast, HeldField, InnerGradient, refuse_another_field
 from neuralode.ode.solution import SolveError, Stats
 from neuralode.ode.stepper import CountedField, Failure, Integration, Settings
 from neuralode.ode.tolerance import in_transform, largest_rms
@@ -173,10 +165,8 @@ class _Equation:
     def __init__(self, evaluate: HeldField, known: Sequence[torch.Tensor], inputs: list[torch.Tensor],
                  like: torch.Tensor, stats: Stats, dense: DenseOutput | None):  # fmt: skip
         self.evaluate, self.inputs, self.like, self.stats, self.dense = evaluate, inputs, like, stats, dense
-        self.known, self.stand_ins = known, stand_ins_for(inputs)
+        self.inner = InnerGradient(inputs, known)
         self.sizes = [x.numel() for x in inputs]
-        with torch.enable_grad():
-            self.mark = new_mark()
 
     def zeros(self) -> torch.Tensor:
         return self.like.new_zeros(sum(self.sizes))
@@ -201,15 +191,12 @@ class _Equation:
             found = self.dense(t)
             assert isinstance(found, torch.Tensor)
             y = found
-        moving = self.stand_ins.tensors if self.stand_ins else self.inputs
-        with torch.enable_grad(), self.stand_ins or contextlib.nullcontext():
+        with self.inner.recording():
             y = y.detach().requires_grad_()
             dy = self.evaluate(t, y)
-        if self.stand_ins:
-            self.stand_ins.refuse_originals([dy])
-        refuse_more_leaves([dy], [y, *self.known, *moving], self.mark)
+        self.inner.check([dy], y)
         a = state[:size].view_as(self.like)
-        sources = [y, *moving]
+        sources = [y, *self.inner.tensors]
         products: tuple[torch.Tensor | None, ...] = (None,) * len(sources)
         if dy.requires_grad:
             products = torch.autograd.grad(dy, sources, -a, allow_unused=True)

@@ -17,6 +17,8 @@ from neuralode.ode.stepper import Integration
 Event = Callable[..., torch.Tensor]
 """`g(t, y, *args)`: one number a sample, [B], or one number, [], for the state as a whole."""
 _BISECTIONS = 60
+_DERIVATIVES = 3
+"""Of which order the derivatives of an event are right, at most."""
 _NEAR = 1e-6
 """Most, in fractions of a step, that is left between the bisection and the event."""
 
@@ -115,11 +117,11 @@ class EventWatch:
         return torch.where(late, loop.y, ys)
 
     def _locate(self, piece: DensePiece, met: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Times and states of the events in a step: found by bisection, then two Newton steps that carry the gradient.
+        """Times and states of the events in a step: found by bisection, then Newton steps that carry the gradient.
 
         By the implicit-function theorem dθ/dp = -(∂g/∂p)/(∂g/∂θ) for any p that g depends on: the derivative of one
-        Newton step from a constant θ, the slope ∂g/∂θ being constant too. Another one makes the second derivative
-        right. Where g has no slope in θ, θ is that of the bisection and depends on nothing.
+        Newton step from a constant θ, the slope ∂g/∂θ being constant too. Each further step makes the derivatives of
+        one more order right. Where g has no slope in θ, θ is that of the bisection and depends on nothing.
         """
         events = self.index.clamp(min=0)
         high = fraction = self._bisected(piece, events)
@@ -130,7 +132,7 @@ class EventWatch:
             if value.requires_grad:
                 (slope,) = torch.autograd.grad(value.sum(), moving, allow_unused=True, materialize_grads=True)
         sloped = met & (slope != 0)
-        for _ in range(2):
+        for _ in range(_DERIVATIVES):
             shift = self._chosen(piece, fraction, events) / torch.where(sloped, slope, 1.0)
             near = shift.detach().abs() <= _NEAR  # else the event jumps, and the bisection has its time
             fraction = fraction - torch.where(sloped, torch.where(near, shift, shift - shift.detach()), 0.0)

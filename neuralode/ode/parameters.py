@@ -212,11 +212,6 @@ class StandIns(TorchFunctionMode):
             )
 
 
-def stand_ins_for(inputs: Sequence[torch.Tensor]) -> StandIns | None:
-    """Where one has hooks, which are to run on its whole gradient, not on each step's share of it."""
-    return StandIns(inputs) if any(x._backward_hooks for x in inputs) else None
-
-
 def new_mark() -> int:
     """A number greater than that of every node that autograd made before, and less than those to come."""
     mark: int = (torch.zeros((), requires_grad=True) + 0).grad_fn._sequence_nr()  # type: ignore[union-attr]
@@ -256,14 +251,38 @@ def _nodes(results: Sequence[torch.Tensor], seen: set[Any]) -> Iterator[Any]:
         pending.extend(child for child, _ in node.next_functions)
 
 
-def refuse_more_leaves(results: Sequence[torch.Tensor], known: Sequence[torch.Tensor], mark: int) -> None:
-    """Raises UsageError if a gradient of the results would reach a leaf that is not known."""
-    if leaves_of(results, known, mark):
-        raise UsageError(
-            "the field uses a parameter that is neither registered nor used at the start of the solve, so that "
-            "recomputing would leave it without a gradient; make the field an nn.Module that owns it, hand it over "
-            f"through args=(...), or {REMEDY}"
-        )
+class InnerGradient:
+    """What a gradient that is taken inside a backward pass is taken of: `tensors`, and nothing else unnoticed.
+
+    Args:
+        inputs: the tensors that it is wanted for.
+        known: all tensors of which it is known that the field reads them.
+    """
+
+    def __init__(self, inputs: Sequence[torch.Tensor], known: Sequence[torch.Tensor]):
+        # hooks are to run on the whole gradient, not on each step's share of it
+        self._stand_ins = StandIns(inputs) if any(x._backward_hooks for x in inputs) else None
+        self.tensors = self._stand_ins.tensors if self._stand_ins else list(inputs)
+        self._known = known
+        with torch.enable_grad():
+            self._mark = new_mark()
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the operations that are to be differentiated."""
+        with torch.enable_grad(), self._stand_ins or contextlib.nullcontext():
+            yield
+
+    def check(self, results: Sequence[torch.Tensor], *sources: torch.Tensor) -> None:
+        """Raises UsageError if a gradient of the results would reach others than `tensors`, `known` and `sources`."""
+        if self._stand_ins:
+            self._stand_ins.refuse_originals(results)
+        if leaves_of(results, [*sources, *self._known, *self.tensors], self._mark):
+            raise UsageError(
+                "the field uses a parameter that is neither registered nor used at the start of the solve, so that "
+                "recomputing would leave it without a gradient; make the field an nn.Module that owns it, hand it "
+                f"over through args=(...), or {REMEDY}"
+            )
 
 
 class Autocast:

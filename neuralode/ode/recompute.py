@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,7 @@ import torch
 from neuralode.errors import UsageError
 from neuralode.ode.clock import Accepted, RowStep
 from neuralode.ode.explicit import Step, moment
-from neuralode.ode.parameters import (
-    Autocast,
-    HeldField,
-    new_mark,
-    refuse_another_field,
-    refuse_more_leaves,
-    stand_ins_for,
-)
+from neuralode.ode.parameters import Autocast, HeldField, InnerGradient, refuse_another_field
 from neuralode.ode.rows import Loop
 from neuralode.ode.solution import Stats
 from neuralode.ode.stepper import step_estimates
@@ -121,12 +113,9 @@ class _Sweep:
         self.limit, self.stats = ctx.limit, ctx.stats
         self.counted = _Counted(ctx.evaluate)
         self.ts = ts.detach().requires_grad_(ctx.needs_input_grad[5])
-        self.known = known
         with torch.enable_grad():
-            self.mark = new_mark()
             self.clock = ctx.clock.with_times(self.ts)
-        self.inputs = inputs
-        self.stand_ins = stand_ins_for(inputs)
+        self.inner = InnerGradient(inputs, known)
         self.end: torch.Tensor | None = ctx.end.detach()
         self.totals: list[torch.Tensor | None] = [None] * len(inputs)
         self.times_total = torch.zeros_like(ts) if ctx.needs_input_grad[5] else None
@@ -168,8 +157,7 @@ class _Sweep:
     def _through(self, index: int, y: torch.Tensor) -> None:
         """Recomputes one step with its graph and pulls the gradient back through it."""
         record = self.steps[index]
-        moving = self.stand_ins.tensors if self.stand_ins else self.inputs
-        with torch.enable_grad(), self.stand_ins or contextlib.nullcontext():
+        with self.inner.recording():
             y = y.detach().requires_grad_()
             before = self.counted.calls
             # the slope at the end of the step belongs to the next one, unless dense output or an estimate reads it
@@ -187,14 +175,12 @@ class _Sweep:
         if self.end is not None:
             refuse_another_field(step.y1.detach(), self.end)
             self.end = None
-        if self.stand_ins:
-            self.stand_ins.refuse_originals(results)
-        refuse_more_leaves(results, [y, self.ts, *self.known, *moving], self.mark)
-        sources = [y, *moving, *([self.ts] if self.times_total is not None else [])]
+        self.inner.check(results, y, self.ts)
+        sources = [y, *self.inner.tensors, *([self.ts] if self.times_total is not None else [])]
         live = [(r, c) for r, c in zip(results, cotangents, strict=True) if r.requires_grad]
         gradients = torch.autograd.grad([r for r, _ in live], sources, [c for _, c in live], allow_unused=True)
         self.gradient = torch.zeros_like(y) if gradients[0] is None else gradients[0]
-        for i, gradient in enumerate(gradients[1 : 1 + len(self.inputs)]):
+        for i, gradient in enumerate(gradients[1 : 1 + len(self.totals)]):
             self.totals[i] = _sum(self.totals[i], gradient)
         if self.times_total is not None and gradients[-1] is not None:
             self.times_total += gradients[-1]

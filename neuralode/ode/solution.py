@@ -62,7 +62,7 @@ class Events:
     """When and where the solve of each sample ended; [B], or [] for an event of the whole state."""
 
     ts: torch.Tensor
-    """Time of the event, [B]; the last time of the solve where none happened. Differentiable twice."""
+    """Time of the event, [B]; the last time of the solve where none happened. Differentiable three times."""
     ys: State
     """State at that time, [B, ...]."""
     happened: torch.Tensor

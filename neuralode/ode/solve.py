@@ -70,8 +70,8 @@ def solve(
             returns a bool, changes. It returns one number a sample, [B], and receives t in a shape that broadcasts
             against the state; or a scalar, for an event of the state as a whole. Two crossings within one step are
             not seen. From its event on a sample stays as it is, with a slope of zero, also where samples share their
-            steps. `Solution.events` has the times and states, differentiable twice; the time of an event without a
-            gradient (a bool, a sign, a detached state) is a constant.
+            steps. `Solution.events` has the times and states, differentiable three times; the time of an event without
+            a gradient (a bool, a sign, a detached state) is a constant.
         throw: raise SolveError on failure; otherwise return a Solution whose status says what happened and whose
             states are NaN.
 
