@@ -27,15 +27,29 @@ class DensePiece(NamedTuple):
     at: Interpolant
 
 
+class Stop(NamedTuple):
+    """Where events have stopped samples, in shapes that broadcast against the state."""
+
+    happened: torch.Tensor
+    times: torch.Tensor
+    y: torch.Tensor
+    """The state at its last time."""
+
+    def after(self, t: Any, state: torch.Tensor, direction: Any) -> torch.Tensor:
+        """A state at t, in which each sample from its event on stays as it is."""
+        return torch.where(self.happened & ((t - self.times.detach()) * direction > 0), self.y, state)
+
+
 class DenseOutput:
     """Evaluates the interpolants of a solve's steps; differentiable, also in the time.
 
     Args:
         steps: the pieces of all steps, in order.
+        end: the last time of the solve, which events may keep the steps from.
     """
 
-    def __init__(self, steps: Sequence[DensePiece], packing: Packing):
-        self.steps, self.packing = steps, packing
+    def __init__(self, steps: Sequence[DensePiece], packing: Packing, end: float, stop: Stop | None = None):
+        self.steps, self.packing, self.end, self.stop = steps, packing, end, stop
         self.direction = 1.0 if steps[0].h > 0 else -1.0
         self._ends = [(piece.t + piece.h) * self.direction for piece in steps]
 
@@ -57,7 +71,7 @@ class DenseOutput:
 
     def _at(self, t: Any) -> torch.Tensor:
         value = host_values(t) if isinstance(t, torch.Tensor) else float(t)
-        first, end = self.steps[0].t, self.steps[-1].t + self.steps[-1].h
+        first, end = self.steps[0].t, self.end
         slack = 1e-6 * abs(end - first)
         if not -slack <= (value - first) * self.direction <= abs(end - first) + slack:
             raise UsageError(f"t = {value:g} lies outside the solve, which went from {first:g} to {end:g}.")
@@ -65,7 +79,8 @@ class DenseOutput:
         way = value - piece.t
         if isinstance(t, torch.Tensor) or isinstance(piece.start, torch.Tensor):
             way = carrying(way, t - piece.start)
-        return piece.at(way / piece.size)
+        state = piece.at(way / piece.size)
+        return state if self.stop is None else self.stop.after(value, state, self.direction)
 
 
 class RowDenseOutput:
@@ -73,12 +88,12 @@ class RowDenseOutput:
 
     Args:
         steps: the pieces of all steps, in order.
-        held: rows, [R], that from the end of their last step to `end`, [R], stay where they are in `y`.
+        end: the last times of the rows, [R].
     """
 
-    def __init__(self, steps: Sequence[DensePiece], rows: Rows, packing: Packing, held: torch.Tensor,
-                 end: torch.Tensor, y: torch.Tensor):  # fmt: skip
-        self.steps, self.rows, self.packing, self.held, self.end, self.y = steps, rows, packing, held, end, y
+    def __init__(self, steps: Sequence[DensePiece], rows: Rows, packing: Packing, end: torch.Tensor,
+                 stop: Stop | None = None):  # fmt: skip
+        self.steps, self.rows, self.packing, self.end, self.stop = steps, rows, packing, end, stop
 
     def __call__(self, t: Any) -> State:
         """The state at t.
@@ -105,11 +120,11 @@ class RowDenseOutput:
             value = piece.at(torch.where(inside, way / torch.where(inside, piece.size, 1.0), 0.0))
             state = value if state is None else torch.where(inside, value, state)
             found = found | inside.reshape(found.shape)
-        if state is not None:
-            start = self.steps[0].t
-            rest = self.held & ~found & ((times - start) * (self.end - start) > 0)
-            rest = rest & ((times - self.end) * (self.end - start) <= 1e-6 * (self.end - start).square())
-            state, found = torch.where(self.rows.spread(rest), self.y, state), found | rest
+        if state is not None and self.stop is not None:
+            span = self.end - self.steps[0].t
+            within = (times - self.end) * span <= 1e-6 * span.square()
+            late = self.stop.happened.flatten() & ((times - self.steps[0].t) * span > 0) & within
+            state, found = self.stop.after(self.rows.spread(times), state, self.rows.spread(span)), found | late
         if state is None or not bool(found.all()):
             row = int((~found).nonzero()[0])
             raise UsageError(f"t = {float(times[row]):g} lies outside the solve of sample {row}.")

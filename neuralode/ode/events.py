@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from neuralode.errors import UsageError
-from neuralode.ode.dense import DensePiece
+from neuralode.ode.dense import DensePiece, Stop
 from neuralode.ode.packing import Packing
 from neuralode.ode.rows import Loop, RowIntegration
 from neuralode.ode.solution import Events
@@ -115,6 +115,11 @@ class EventWatch:
         late = (late.expand(outputs, self.count) & self.happened).reshape(outputs, *self.shape)
         late = late if not self.whole else late.reshape(outputs, *[1] * loop.y.dim())
         return torch.where(late, loop.y, ys)
+
+    def stop(self) -> Stop:
+        """Where the samples stopped."""
+        happened, times = (x.reshape(self.shape) for x in (self.happened, self.times))
+        return Stop(happened, times, self.loop.y)
 
     def _locate(self, piece: DensePiece, met: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Times and states of the events in a step: found by bisection, then Newton steps that carry the gradient.

@@ -254,6 +254,8 @@ def _nodes(results: Sequence[torch.Tensor], seen: set[Any]) -> Iterator[Any]:
 class InnerGradient:
     """What a gradient that is taken inside a backward pass is taken of: `tensors`, and nothing else unnoticed.
 
+    It is made before what is to be differentiated.
+
     Args:
         inputs: the tensors that it is wanted for.
         known: all tensors of which it is known that the field reads them.

@@ -113,9 +113,9 @@ class _Sweep:
         self.limit, self.stats = ctx.limit, ctx.stats
         self.counted = _Counted(ctx.evaluate)
         self.ts = ts.detach().requires_grad_(ctx.needs_input_grad[5])
+        self.inner = InnerGradient(inputs, known)
         with torch.enable_grad():
             self.clock = ctx.clock.with_times(self.ts)
-        self.inner = InnerGradient(inputs, known)
         self.end: torch.Tensor | None = ctx.end.detach()
         self.totals: list[torch.Tensor | None] = [None] * len(inputs)
         self.times_total = torch.zeros_like(ts) if ctx.needs_input_grad[5] else None

@@ -16,7 +16,7 @@ from neuralode.errors import UsageError
 from neuralode.kernels.stages import Sizes
 from neuralode.ode import combine
 from neuralode.ode.clock import RowClock, RowStep
-from neuralode.ode.dense import RowDenseOutput
+from neuralode.ode.dense import RowDenseOutput, Stop
 from neuralode.ode.explicit import RungeKutta, Step
 from neuralode.ode.packing import Packing
 from neuralode.ode.solution import Stats, Status
@@ -39,8 +39,6 @@ class RowIntegration:
         self.t, self.end, self.y, self.start = times[:, 0].clone(), times[:, -1], y, y
         self.direction = torch.sign(self.end - self.t)
         self.ended = torch.zeros(rows.count, dtype=torch.bool, device=y.device)
-        self.held = self.ended
-        """Rows that ended before their last time."""
         self.next = torch.ones(rows.count, dtype=torch.long, device=y.device)
         self.f0: torch.Tensor | None = None
         self.outputs: list[torch.Tensor] = []
@@ -291,10 +289,10 @@ class RowIntegration:
 
     def hold(self, samples: torch.Tensor, y: torch.Tensor) -> None:
         """Goes on from y, without further steps for these samples, a mask that broadcasts against the state."""
-        self.y, self.ended, self.held = y, self.ended | samples.flatten(), self.held | samples.flatten()
+        self.y, self.ended = y, self.ended | samples.flatten()
 
-    def dense_output(self, packing: Packing) -> RowDenseOutput:
-        return RowDenseOutput(self.extras.dense, self.rows, packing, self.held, self.end, self.y)
+    def dense_output(self, packing: Packing, stop: Stop | None = None) -> RowDenseOutput:
+        return RowDenseOutput(self.extras.dense, self.rows, packing, self.end, stop)
 
     def assemble(self, pieces: list[torch.Tensor], final: torch.Tensor) -> torch.Tensor:
         """The states [T, *shape] from the pieces of dense output and the last state."""

@@ -14,7 +14,7 @@ from neuralode.errors import UsageError
 from neuralode.ode import combine
 from neuralode.ode.clock import Accepted, Clock
 from neuralode.ode.controllers import Controller, StepSize
-from neuralode.ode.dense import DenseOutput, DensePiece
+from neuralode.ode.dense import DenseOutput, DensePiece, Stop
 from neuralode.ode.explicit import Method, RungeKutta, Step, moment, row_norm
 from neuralode.ode.packing import Packing, alike, lasting, writes
 from neuralode.ode.solution import Stats, Status
@@ -204,8 +204,8 @@ class Integration:
         self.y, self.f0 = y, None if self.f0 is None else self.f0.masked_fill(samples, 0.0)
         self.field.held = samples if self.field.held is None else self.field.held | samples
 
-    def dense_output(self, packing: Packing) -> DenseOutput:
-        return DenseOutput(self.extras.dense, packing)
+    def dense_output(self, packing: Packing, stop: Stop | None = None) -> DenseOutput:
+        return DenseOutput(self.extras.dense, packing, self.clock.values[-1], stop)
 
     def assemble(self, pieces: list[torch.Tensor], final: torch.Tensor) -> torch.Tensor:
         """The states [T, *shape] from the output states, of which `final` is the last."""

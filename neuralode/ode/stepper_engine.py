@@ -65,7 +65,7 @@ def run(
         stats.nfe = counted.nfe
     return Outcome(
         packing.unpack(_counting_products(ys.contiguous(), loop, stats)),
-        loop.dense_output(packing) if keep_dense else None,
+        loop.dense_output(packing, None if watch is None else watch.stop()) if keep_dense else None,
         None if watch is None else watch.found,
     )
 

@@ -378,8 +378,21 @@ def test_dense_output_after_an_event_is_its_state(per_sample: bool) -> None:
     solution = solve(lambda t, y: -y, y0, [0.0, 2.0], events=lambda t, y: y[:, 0] - 1.5, dense=True,
                      per_sample=per_sample, rtol=1e-9, atol=1e-9)  # fmt: skip
     assert solution.dense is not None
-    wanted = torch.tensor([[math.exp(-1.9)], [1.5], [1.5]], dtype=torch.float64)
-    torch.testing.assert_close(solution.dense(1.9), wanted, rtol=1e-6, atol=0)
+    found = solution.events
+    assert found is not None
+    soon_after = float(found.ts[1].detach()) + 1e-3  # within the same step
+    for time in (soon_after, 1.9):
+        wanted = torch.maximum(y0 * math.exp(-time), torch.tensor([[0.0], [1.5], [1.5]]))
+        torch.testing.assert_close(solution.dense(time), wanted, rtol=1e-6, atol=0)
     for outside in (-0.5, 2.5):
         with pytest.raises(UsageError, match="outside the solve"):
             solution.dense(outside)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_dense_output_goes_to_the_end_where_events_stop_all_before(per_sample: bool) -> None:
+    y0 = torch.tensor([[2.0], [4.0]], dtype=torch.float64)
+    solution = solve(lambda t, y: -y, y0, [0.0, 20.0], events=lambda t, y: y[:, 0] - 1.5, dense=True,
+                     per_sample=per_sample, rtol=1e-9, atol=1e-9)  # fmt: skip
+    assert solution.dense is not None
+    torch.testing.assert_close(solution.dense(19.0), torch.full_like(y0, 1.5), rtol=1e-6, atol=0)
