@@ -23,7 +23,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from neuralode.errors import UsageError, stop_at_once, unknown
+from neuralode.errors import Stopped, UsageError, stop_at_once, unknown
 from neuralode.overrides import key_of, normalised, value_of, with_saved
 
 
@@ -91,6 +91,9 @@ def _hand_over() -> None:
                 _complain(error)
             failures.append(error)  # a sweep goes on with its other jobs
             _tell(error)
+        except Stopped as stop:
+            _tell_notes(stop)
+            raise
 
     try:
         hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(job)()
@@ -172,16 +175,23 @@ def _tell(error: Exception) -> None:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)
         return
+    print(f"error: {_in_words(error)}", file=sys.stderr, flush=True)
+    _tell_notes(error)
+
+
+def _in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        error = UsageError(
-            "the disk is full. What was saved is intact: free some space, then go on with "
-            "ckpt_path=<run>/checkpoints/last.ckpt."
-        )
+        return "the disk is full. What was saved is intact: free some space, then go on from the last checkpoint."
     sentence = str(error).strip() or "no further message"
     known = isinstance(error, UsageError) or type(error).__name__ in ("SolveError", "MisconfigurationException")
     kind = "" if known else f"{type(error).__name__}: "
     hint = "" if isinstance(error, UsageError) else "\n(HYDRA_FULL_ERROR=1 shows where it happened.)"
-    print(f"error: {kind}{sentence}{hint}", file=sys.stderr, flush=True)
+    return f"{kind}{sentence}{hint}"
+
+
+def _tell_notes(error: BaseException) -> None:
+    for note in getattr(error, "__notes__", ()) if _is_first_process() else ():
+        print(note, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +40,8 @@ def run(cfg: DictConfig) -> list[Path]:
     for job in jobs:
         if len(jobs) > 1:
             print(f"── {job.folder.relative_to(folder)}", flush=True)
-        train(_config(job), job.folder, job.overrides)
+        with _saying_how_to_resume(job.folder / CHECKPOINTS / "last.ckpt"):
+            train(_config(job), job.folder, job.overrides)
     if cfg.trainer.fast_dev_run:
         return []
     return [job.folder / (RESULT if cfg.fit else TEST_RESULT) for job in jobs]
@@ -64,6 +69,33 @@ def plan(cfg: DictConfig, overrides: list[str], folder: Path) -> list[Job]:
                 place = place / f"seed_{seed}"
             jobs.append(Job(merged(ours, chosen), place))
     return jobs
+
+
+@contextlib.contextmanager
+def _saying_how_to_resume(last: Path) -> Iterator[None]:
+    """Adds to whatever ends a run early, a signal or an error, the command that goes on from its last checkpoint."""
+    before = _written(last)
+    try:
+        yield
+    except BaseException as error:
+        # not where nothing was saved yet, and not where a resume was refused before it began
+        if _written(last) != before:
+            command = shlex.join([*_program(), f"ckpt_path={_short(last)}"])
+            error.add_note(f"to go on from the last checkpoint: {command}")
+        raise
+
+
+def _written(file: Path) -> int | None:
+    return file.stat().st_mtime_ns if file.is_file() else None
+
+
+def _program() -> list[str]:
+    """The words by which this program was started, without its arguments."""
+    words = sys.orig_argv
+    if sys.argv[0] not in words:  # Python puts the file's path in the place of `-m`
+        return [words[0], "-m", "neuralode.cli"]
+    script = words.index(sys.argv[0])
+    return words[: script + 1] if sys.argv[0].endswith(".py") else [sys.argv[0]]
 
 
 def _config(job: Job) -> DictConfig:

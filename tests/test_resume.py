@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from neuralode import training
+from neuralode.callbacks import ExactResume
 from neuralode.errors import Stopped
 from tests.conftest import Finished, command, environment
 
@@ -112,6 +115,21 @@ def test_stopped_twice(make_config: Callable, tmp_path: Path) -> None:
     assert_equal(whole, fit(make_config, tmp_path / "part", *DIGITS, last))
 
 
+def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    class FullDisk:
+        fast_dev_run = False
+
+        def save_checkpoint(self, path: Path) -> None:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    last = tmp_path / "last.ckpt"
+    last.write_bytes(b"whole")
+    with pytest.raises(OSError, match="No space"):
+        ExactResume(str(tmp_path))._save(FullDisk(), finished=False)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("last.ckpt", b"whole")]
+
+
 def test_finished_run_goes_on_with_more_epochs(make_config: Callable, tmp_path: Path) -> None:
     constant = [*DIGITS, "scheduler=none"]
     whole = fit(make_config, tmp_path / "whole", *constant, "trainer.max_epochs=5")
@@ -136,8 +154,9 @@ def test_signals_from_outside(signum: int, code: int, train_cli: Callable[..., F
     assert process.returncode == code, output
     assert "Traceback" not in output
 
-    resumed = train_cli("ckpt_path=run/checkpoints/last.ckpt")
-    assert resumed.code == 0, resumed.output
+    (told,) = [line for line in output.splitlines() if "ckpt_path=run/checkpoints/last.ckpt" in line]
+    resumed = subprocess.run(shlex.split(told.partition(": ")[2]), cwd=tmp_path, env=environment(), timeout=300)
+    assert resumed.returncode == 0
     whole = train_cli("hydra.run.dir=whole", "trainer.max_epochs=12")
     assert whole.code == 0, whole.output
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "whole")]

@@ -113,8 +113,16 @@ class ExactResume(pl.Callback):
         if getattr(trainer, "fast_dev_run", False):
             return
         self._finished = finished
+        # Lightning moves a file here from the folder of temporary files, which may lie on another disk: a disk that is
+        # full by then would leave half a checkpoint in the place of the one before.
+        draft = self.path.with_name("last.draft")
         try:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(draft)
+            if trainer.is_global_zero:
+                draft.replace(self.path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
         finally:
             self._finished = None
         self._saved_at = time.monotonic()
