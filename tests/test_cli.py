@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from neuralode import load
-from tests.conftest import Finished
+from tests.conftest import Finished, command, environment
 
 Cli = Callable[..., Finished]
 SHORT = ["trainer.max_epochs=2", "data.samples=64"]
@@ -47,6 +50,16 @@ def test_mistakes_are_answered_with_one_sentence(mistake: str, train_cli: Cli) -
     for word in words:
         assert word.lower() in done.output.lower(), done.output
     assert len([line for line in done.output.splitlines() if line.strip()]) <= 3, done.output
+
+
+def test_interrupt_during_the_imports_is_quiet(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, "")
 
 
 def test_help_lists_the_experiments(train_cli: Cli) -> None:
