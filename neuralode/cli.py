@@ -39,7 +39,6 @@ def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop_at_once)  # where nothing needs saving; the training loop has its own handler
     sys.path.insert(0, os.getcwd())  # where `model.field=my_module.MyField` is looked for
-    OmegaConf.register_new_resolver("experiments", list_experiments, replace=True)
     arguments = get_args_parser().parse_args()
     runs = not (arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion)
     try:
@@ -74,6 +73,19 @@ def list_experiments() -> str:
         shows = yaml.safe_load(file.read_text()).get("shows", "")
         lines.append(f"  {file.stem:<22} {shows}")
     return "\n".join(lines).replace("$", "$$")
+
+
+def named_for(data: DictConfig) -> str:
+    """What a run is called that no experiment names: after the file of its data, the data set, or the kind of data."""
+    if data.get("path") is not None:
+        return re.sub(r"[^\w.-]+", "_", Path(str(data["path"])).stem)  # it becomes a folder's name
+    return str(data.get("dataset") or data["name"])
+
+
+# `now` has a value for all of a sweep, and so has the name, which puts its runs into one folder
+OmegaConf.register_new_resolver("experiments", list_experiments, replace=True)
+OmegaConf.register_new_resolver("named_for", named_for, replace=True)
+OmegaConf.register_new_resolver("first", str, replace=True, use_cache=True)
 
 
 def _hand_over() -> None:

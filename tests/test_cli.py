@@ -35,6 +35,7 @@ MISTAKES = {
     "field argument": (["model.field_args.hiden=[3]"], ["hiden", "did you mean 'hidden'"]),
     "own field": (["model.field=nowhere.MyField"], ["nowhere", "Python path"]),
     "csv": (["data=csv", "data.path=no.csv", "model=trajectory", "task=trajectory"], ["no.csv", "CSV"]),
+    "csv without a path": (["data=csv", "model=trajectory", "task=trajectory"], ["data.path", "data=lynx_hare"]),
     "optimizer argument": (["optimizer.lr=-1"], ["learning rate", "-1"]),
     "optimizer type": (["optimizer.lr=fast"], ["optimizer.lr", "'fast'", "float"]),
     "trainer type": (["trainer.max_epochs=many"], ["trainer.max_epochs", "'many'", "int"]),

@@ -62,6 +62,21 @@ def test_every_flag_of_the_trainer_is_listed(make_config: Callable) -> None:
     assert flags == set(make_config().trainer) - {"_target_"}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "moons"),
+        (["data=digits"], "digits"),
+        (["data=mnist"], "mnist"),
+        (["data=csv", "data.path='far/my pelts (1).csv'"], "my_pelts_1_"),
+        (["+experiment=flow_moons"], "flow_moons"),
+        (["+experiment=lynx_hare", "name=mine"], "mine"),
+    ],
+)
+def test_run_is_named_for_its_experiment_or_its_data(overrides: list[str], name: str, make_config: Callable) -> None:
+    assert make_config(*overrides).name == name
+
+
 def test_values_keep_their_types(make_config: Callable) -> None:
     cfg = make_config("solver.rtol=1", "data.noise=0")
     assert isinstance(cfg.solver.rtol, float)

@@ -4,7 +4,7 @@ from neuralode.data.images import DigitRows, Digits, OpenML
 from neuralode.data.loader import EpochOrder, ReplayLoader
 from neuralode.data.module import ArrayData, Splits
 from neuralode.data.points import Concentric, Line, Moons, OnePoint
-from neuralode.data.series import CSV, SeriesData, Spiral
+from neuralode.data.series import CSV, LynxHare, SeriesData, Spiral
 
 DATA: dict[str, type[ArrayData]] = {
     "concentric": Concentric,
@@ -12,6 +12,7 @@ DATA: dict[str, type[ArrayData]] = {
     "digit_rows": DigitRows,
     "digits": Digits,
     "line": Line,
+    "lynx_hare": LynxHare,
     "moons": Moons,
     "one_point": OnePoint,
     "openml": OpenML,
@@ -27,6 +28,7 @@ __all__ = [
     "Digits",
     "EpochOrder",
     "Line",
+    "LynxHare",
     "Moons",
     "OnePoint",
     "OpenML",

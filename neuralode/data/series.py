@@ -117,8 +117,7 @@ class CSV(SeriesData):
     """A trajectory from a CSV file with a header; lines that start with # are comments.
 
     Args:
-        path: the file; None takes the lynx-hare record that ships with the package (Hudson Bay Company pelts in
-            thousands, 1900-1920; Hewitt 1921, as tabulated by Howard 2009).
+        path: the file.
         time: name of the column of times.
         columns: names of the state's columns; None takes all but the time.
         segment, stride, train_until, batch_size, eval_batch_size: as in SeriesData.
@@ -127,7 +126,7 @@ class CSV(SeriesData):
     def __init__(
         self,
         path: str | None = None,
-        time: str = "year",
+        time: str = "time",
         columns: Sequence[str] | None = None,
         segment: int | None = None,
         stride: int = 1,
@@ -136,7 +135,9 @@ class CSV(SeriesData):
         eval_batch_size: int | None = None,
     ):
         super().__init__(segment, stride, train_until, batch_size, eval_batch_size)
-        self.path = Path(path) if path is not None else Path(__file__).with_name("lynx_hare.csv")
+        if path is None:
+            raise UsageError("data.path is not given; name a CSV file, or take the record that ships: data=lynx_hare.")
+        self.path = Path(path)
         self.time, self.columns = time, list(columns) if columns is not None else None
 
     def record(self) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
@@ -150,6 +151,28 @@ class CSV(SeriesData):
         table = torch.tensor([[_number(self.path, line, name, row[name]) for name in [self.time, *names]]
                               for line, row in rows], dtype=torch.float64).reshape(-1, 1 + len(names))  # fmt: skip
         return table[:, 0], table[:, 1:], names
+
+
+class LynxHare(CSV):
+    """The record that ships with the package: pelts of the Hudson Bay Company in thousands, 1900-1920 (Hewitt 1921, as
+    tabulated by Howard 2009).
+
+    Args:
+        columns: `hare`, `lynx` or both, which None takes.
+        segment, stride, train_until, batch_size, eval_batch_size: as in SeriesData.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[str] | None = None,
+        segment: int | None = None,
+        stride: int = 1,
+        train_until: float | None = None,
+        batch_size: int | None = None,
+        eval_batch_size: int | None = None,
+    ):
+        file = Path(__file__).with_name("lynx_hare.csv")
+        super().__init__(str(file), "year", columns, segment, stride, train_until, batch_size, eval_batch_size)
 
 
 def _read(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from neuralode.data import CSV, Spiral
+from neuralode.data import CSV, LynxHare, Spiral
 from neuralode.errors import UsageError
 from neuralode.ode import solve
 
@@ -76,7 +76,7 @@ def test_times_reach_every_batch(tmp_path: Path) -> None:
 
 
 def test_lynx_and_hare_ship() -> None:
-    splits = CSV(train_until=1910).splits
+    splits = LynxHare(train_until=1910).splits
     (y,), (t,) = splits.test, splits.shared["test"]
     assert y.shape == (1, 21, 2)
     assert t.tolist() == list(range(1900, 1921))
