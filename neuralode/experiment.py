@@ -20,7 +20,7 @@ from neuralode.errors import UsageError
 from neuralode.models import load
 from neuralode.models.trajectory import TrajectoryModel
 from neuralode.overrides import keep_saved, key_of, merged, normalised
-from neuralode.results import RESULT, TEST_RESULT, by_arm, columns_with_values, labels, print_table, read_result
+from neuralode.results import RESULT, TEST_RESULT, by_arm, columns_that_differ, labels, print_table, read_result
 from neuralode.schema import validate
 from neuralode.training import CHECKPOINTS, CONFIG, FIGURES, OVERRIDES, build_data, train
 
@@ -130,9 +130,10 @@ def _draw(results: list[dict[str, Any]], folders: list[Path], to: Path) -> None:
     from neuralode.viz.comparison import arms_figure, forecasts_figure
 
     to.mkdir(parents=True, exist_ok=True)
-    columns = columns_with_values(results, results[0]["config"]["columns"])[:5]
-    title = f"{results[0]['name']}: each dot a seed, the bar their mean"
-    arms_figure({c: by_arm(results, c) for c in columns}, title).savefig(to / "comparison.png")
+    columns = columns_that_differ(results, results[0]["config"]["columns"])[:5]
+    if columns:
+        title = f"{results[0]['name']}: each dot a seed, the bar their mean"
+        arms_figure({c: by_arm(results, c) for c in columns}, title).savefig(to / "comparison.png")
 
     curves, record = [], None
     rows = labels(results)

@@ -106,6 +106,11 @@ def columns_with_values(results: Sequence[Mapping[str, Any]], columns: Sequence[
     return [column for column in columns if any(value(r, column) is not None for r in results)]
 
 
+def columns_that_differ(results: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+    """Those of the columns that do not have one value in all results that fill them."""
+    return [column for column in columns if len({value(r, column) for r in results} - {None}) > 1]
+
+
 def print_table(results: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
     """Prints an arm a line: the mean over its seeds, and the standard deviation where there are several."""
     from rich.console import Console

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from neuralode.errors import UsageError
-from neuralode.results import by_arm, labels, print_table, read_results, write_result
+from neuralode.results import by_arm, columns_that_differ, labels, print_table, read_results, write_result
 
 
 def result(arm: str | None, seed: int, accuracy: float, **config: float) -> dict:
@@ -39,6 +39,11 @@ def test_a_sweep_is_told_apart_by_what_it_varies() -> None:
         "moons optimizer.lr=0.1",
         "moons optimizer.lr=0.2",
     ]
+
+
+def test_columns_that_differ() -> None:
+    results = [result("a", 0, 0.5), result("b", 0, 0.75)]
+    assert columns_that_differ(results, ["test/accuracy", "test/mae", "nfe_test", "parameters"]) == ["test/accuracy"]
 
 
 def test_table_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

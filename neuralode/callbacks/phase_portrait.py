@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,8 +21,8 @@ from neuralode.models.trajectory import TrajectoryModel
 
 class PhasePortrait(pl.Callback):
     """Draws the flow to TensorBoard and to a PNG file: for points in the plane the decision boundary and the states
-    along depth time, for time series the phase plane and the curves, for a linear regression the line. Other models
-    have no portrait.
+    along depth time, for time series the phase plane and the curves, for a linear regression the line and the way of
+    its weights over the loss. Other models have no portrait.
 
     Drawing draws no random number and changes no weight; should it fail, it warns once and switches itself off.
 
@@ -34,13 +36,31 @@ class PhasePortrait(pl.Callback):
             raise UsageError(f"monitor.figure_every is {every}; it has to be at least 1.")
         self.folder, self.every = Path(folder), every
         self._off = False
+        self._weights: list[list[float]] = []
+        """Of a line, after each epoch: intercept and slope."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self._weights} if self._weights else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._weights = list(state_dict["weights"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._weights:
+            self._note(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._note(pl_module)
         if trainer.current_epoch % self.every == 0:
             self._draw(trainer, pl_module, to_file=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._draw(trainer, pl_module, to_file=True)
+
+    def _note(self, module: pl.LightningModule) -> None:
+        if isinstance(module.model, LinearModel) and module.model.linear.weight.numel() == 1:
+            linear = module.model.linear
+            self._weights.append([linear.bias.item(), linear.weight.item()])
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, to_file: bool) -> None:
         if self._off or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
@@ -50,7 +70,7 @@ class PhasePortrait(pl.Callback):
         try:
             model.eval()
             with torch.no_grad():
-                figure = portrait(model, trainer.datamodule)  # type: ignore[attr-defined]
+                figure = portrait(model, trainer.datamodule, self._weights)  # type: ignore[attr-defined]
             if figure is None:
                 self._off = True
                 return
@@ -67,19 +87,21 @@ class PhasePortrait(pl.Callback):
             model.train(training)
 
 
-def portrait(model: Any, data: ArrayData) -> Any:
-    """The figure for this model on this data's test split, or None if it has none."""
+def portrait(model: Any, data: ArrayData, weights: Sequence[Sequence[float]] = ()) -> Any:
+    """The figure for this model on this data's test split, or None if it has none.
+
+    Args:
+        weights: intercept and slope of a line as training went on, [K, 2].
+    """
     from neuralode.viz import phase_portrait as viz  # matplotlib, only when something is drawn
 
     if isinstance(model, ODEClassifier) and data.splits.test[0].shape[1:] == (2,):
         return viz.classifier_figure(**_classifier_arrays(model, *data.splits.test))
     if isinstance(model, TrajectoryModel):
         return viz.series_figure(**_series_arrays(model, data))
-    if isinstance(model, LinearModel) and data.splits.test[0].shape[1:] == (1,):
-        (x, y) = data.splits.test
-        ends = torch.stack([x.min(), x.max()])[:, None]
-        line = model(ends.to(_device(model))).cpu()
-        return viz.line_figure(*(part[:, 0].numpy() for part in (x, y, ends, line)))
+    if weights:
+        x, y = (part[:, 0].numpy() for part in data.splits.train)
+        return viz.regression_figure(x, y, np.array(weights))
     return None
 
 

@@ -103,8 +103,9 @@ def edge_figure(steps: Array, sharpness: Array, threshold: Array, title: str) ->
     """
     figure, (panel,) = new_figure(1, (5.6, 3.6))
     if len(steps) == 1:  # a point has no width to draw a threshold over
-        steps = np.array([steps[0] - 0.5, steps[0] + 0.5])
-        sharpness, threshold = np.repeat(sharpness, 2), np.repeat(threshold, 2)
+        steps, sharpness = steps[0] + np.array([-0.5, 0, 0.5]), np.array([np.nan, sharpness[0], np.nan])
+        threshold = np.repeat(threshold, 3)
+        panel.set_xticks(steps[1:2])
     top = _ceiling(sharpness, threshold)
     # An infinite threshold (a learning rate of zero) leaves the whole height stable.
     edge = np.minimum(threshold, top)
@@ -113,7 +114,10 @@ def edge_figure(steps: Array, sharpness: Array, threshold: Array, title: str) ->
     # It is measured more seldom than the threshold is known: join the measurements over the gaps.
     known = np.isfinite(sharpness)
     style, label = ".-" if known.sum() < 50 else "-", r"sharpness $λ_\mathrm{max}$"
-    panel.plot(steps[known], sharpness[known], style, color=COLOURS[0], lw=1.4, label=label)
+    if known.sum() == 1:  # no line to read it off
+        style, step, value = "o", steps[known][0], sharpness[known][0]
+        _say(panel, f"{value:.3g} at step {step:g}", (step, value), right=True, up=value < top / 2)
+    panel.plot(steps[known], sharpness[known], style, color=COLOURS[0], lw=1.4, label=label, clip_on=False)
     panel.plot(steps, edge, color="black", lw=1.2, ls="--", label="stability threshold")
     panel.margins(x=0)
     panel.set(xlabel="step", ylabel="largest eigenvalue of the Hessian", ylim=(0, top))

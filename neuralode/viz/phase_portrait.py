@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -121,24 +121,57 @@ def draw_series(
     panel.legend(fontsize=7)
 
 
-def line_figure(x: Array, y: Array, ends: Array, line: Array) -> Figure:
-    """A regression line through its points.
+def regression_figure(x: Array, y: Array, path: Array) -> Figure:
+    """A line through its points while it is learned, and the way of its two weights over the mean squared error.
 
     Args:
         x, y: the points, [N] each.
-        ends, line: the model's values [2] at two ends [2].
+        path: intercept and slope as training went on, [K, 2].
     """
-    figure, (panel,) = new_figure(1, (4.4, 3.6))
-    slope, offset = np.polyfit(x, y, 1)
-    panel.plot(x, y, "o", color=GREY, ms=3, label="data")
-    panel.plot(
-        ends, offset + slope * ends, color="black", lw=3, alpha=0.3, label=f"least squares {offset:.4f} + {slope:.4f} x"
-    )
-    slope, offset = np.polyfit(ends, line, 1)
-    panel.plot(ends, line, color=COLOURS[1], lw=1.4, label=f"model {offset:.4f} + {slope:.4f} x")
-    panel.set(xlabel="x", ylabel="y")
-    panel.legend()
+    figure, panels = new_figure(2, (4.6, 3.8))
+    slope, intercept = np.polyfit(x, y, 1)
+    _draw_lines(panels[0], x, y, path, np.array([intercept, slope]))
+    _draw_descent(panels[1], x, y, path, np.array([intercept, slope]))
     return figure
+
+
+def _draw_lines(panel: Axes, x: Array, y: Array, path: Array, best: Array) -> None:
+    ends = np.array([x.min(), x.max()])
+    panel.plot(x, y, "o", color=GREY, ms=3, alpha=0.7, label="data")
+    panel.plot(ends, best[0] + best[1] * ends, color="black", lw=4, alpha=0.3, label=_formula("least squares", best))
+    # as many lines as can be told apart, each a like way from the one before
+    gone = np.concatenate([[0.0], np.linalg.norm(np.diff(path, axis=0), axis=1).cumsum()])
+    for part in np.linspace(0, 1, 7)[:-1] if gone[-1] > 0 else ():
+        intercept, slope = path[np.searchsorted(gone, part * gone[-1])]
+        panel.plot(ends, intercept + slope * ends, color=COLOURS[1], lw=0.8, alpha=0.2 + 0.5 * part)
+    panel.plot(ends, path[-1, 0] + path[-1, 1] * ends, color=COLOURS[1], lw=1.6, label=_formula("model", path[-1]))
+    panel.set(xlabel="x", ylabel="y", title="the line, and on its way there (pale)")
+    panel.legend(fontsize=8)
+
+
+def _draw_descent(panel: Axes, x: Array, y: Array, path: Array, best: Array) -> None:
+    points = np.vstack([path, best])
+    margin = 0.25 * np.ptp(points, axis=0).max() + 1e-3
+    low, high = points.min(0) - margin, points.max(0) + margin
+    ticks = [np.linspace(low[i], high[i], 60) for i in range(2)]
+    residual = ticks[0][None, :, None] + ticks[1][:, None, None] * x - y  # [slope, intercept, N]
+    loss = np.square(residual).mean(-1)
+    levels = np.geomspace(loss.min(), loss.max(), 16)
+    levels[[0, -1]] = loss.min(), loss.max()  # rounding must not leave the extremes out
+    if levels[0] > 0:
+        panel.contourf(*ticks, loss, levels=levels, norm=LogNorm(), cmap="Greys", alpha=0.45)
+    _stream(panel, ticks, -2 * np.stack([residual.mean(-1), (residual * x).mean(-1)], -1))
+    panel.plot(*path.T, ".-", color=COLOURS[1], lw=1.2, ms=4, markevery=max(1, len(path) // 200), label="weights")
+    panel.plot(*path[0], "o", color="white", mec="black", ms=7, label="start")
+    panel.plot(*best, "x", color="black", ms=8, mew=2, label="least squares")
+    panel.set(xlabel="intercept", ylabel="slope", title="descent on the loss (grey: −∇L)")
+    panel.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    panel.legend(fontsize=8, loc="lower right", frameon=True, framealpha=0.8, edgecolor="none")
+
+
+def _formula(name: str, weights: Array) -> str:
+    sign = "−" if weights[1] < 0 else "+"
+    return f"{name} {weights[0]:.4f} {sign} {abs(weights[1]):.4f} x"
 
 
 def _stream(panel: Axes, ticks: Sequence[Array], arrows: Array) -> None:

@@ -15,6 +15,7 @@ from neuralode import training
 from neuralode.callbacks import PhasePortrait
 from neuralode.tasks import Classification
 from neuralode.training import train
+from neuralode.viz import phase_portrait as viz
 from neuralode.viz.scalars import read_scalars
 
 SHORT = ["data.samples=64", "data.batch_size=16", "trainer.max_epochs=3", "monitor.solver_every=1"]
@@ -87,6 +88,26 @@ def test_failing_portrait_does_not_stop_the_run(run: Callable, monkeypatch: pyte
     monkeypatch.setattr("neuralode.callbacks.phase_portrait.portrait", fail)
     with pytest.warns(UserWarning, match="no canvas"):
         assert run()["steps"] == 12
+
+
+def test_portrait_of_a_line_knows_its_whole_way(
+    make_config: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[np.ndarray] = []
+    figure = viz.regression_figure
+
+    def watch(x: np.ndarray, y: np.ndarray, path: np.ndarray) -> Any:
+        drawn.append(path)
+        return figure(x, y, path)
+
+    monkeypatch.setattr(viz, "regression_figure", watch)
+    overrides = ["+experiment=linear_regression", "trainer.max_epochs=3"]
+    train(make_config(*overrides, output=tmp_path), tmp_path, overrides)
+    overrides = [*overrides[:1], "trainer.max_epochs=5", f"ckpt_path='{tmp_path}/checkpoints/last.ckpt'"]
+    result = train(make_config(*overrides, output=tmp_path), tmp_path, overrides)
+    assert drawn[-1].shape == (6, 2)
+    assert drawn[-1][0].tolist() == [0.0, 0.0]
+    assert drawn[-1][-1].tolist() == [result["weights"]["linear.bias"], result["weights"]["linear.weight"]]
 
 
 def test_portrait_refuses_a_cadence_of_zero(tmp_path: Path) -> None:

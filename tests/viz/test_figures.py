@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from neuralode.viz.comparison import arms_figure, forecasts_figure, learning_figure
-from neuralode.viz.phase_portrait import classifier_figure, line_figure, series_figure
+from neuralode.viz.phase_portrait import classifier_figure, regression_figure, series_figure
 
 RNG = np.random.default_rng(0)
 TICKS = (np.linspace(-1, 1, 6), np.linspace(-2, 2, 6))
@@ -131,9 +131,14 @@ def test_imports_stay_light() -> None:
     assert printed.split() == ["[]", "[]"]
 
 
-def test_line_figure_names_the_line(tmp_path: Path) -> None:
-    x, ends = np.linspace(0, 2, 9), np.array([0.0, 2.0])
-    figure = line_figure(x, 1 + 3 * x, ends, 0.5 + 2 * ends)
+def test_regression_figure_names_the_line_and_shows_the_way_there(tmp_path: Path) -> None:
+    x = np.linspace(0, 2, 9)
+    path = np.linspace([0.0, 0.0], [0.5, -2.0], 30)
+    figure = regression_figure(x, 1 + 3 * x + 0.1 * (-1) ** np.arange(9), path)
     saved(figure, tmp_path)
-    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert texts == ["data", "least squares 1.0000 + 3.0000 x", "model 0.5000 + 2.0000 x"]
+    assert legend(figure)[0] == "data"
+    assert legend(figure)[2] == "model 0.5000 − 2.0000 x"
+    assert legend(figure, 1) == ["weights", "start", "least squares"]
+    way = next(line for line in figure.axes[1].get_lines() if line.get_label() == "weights")
+    np.testing.assert_allclose(way.get_xydata(), path)
+    saved(regression_figure(x, 3 * x, path[:1]), tmp_path)  # nothing learned yet, and no noise

@@ -108,6 +108,14 @@ def test_sharpness_measured_now_and_then_is_joined_and_its_crossing_found() -> N
     assert figure.axes[0].get_ylim()[0] == 0
 
 
+def test_one_measurement_is_a_point_with_its_value() -> None:
+    figure = edge_figure(np.array([7]), np.array([1.25]), np.array([5.0]), "")
+    line = next(line for line in figure.axes[0].get_lines() if str(line.get_label()).startswith("sharpness"))
+    assert line.get_xydata().tolist() == [[7, 1.25]]
+    assert line.get_marker() == "o"
+    assert "1.25 at step 7" in texts(figure)
+
+
 def test_a_threshold_that_grows_without_bound_does_not_flatten_the_sharpness() -> None:
     threshold = np.array([5.0, 50.0, 1e6, np.inf])
     figure = edge_figure(np.arange(4), np.array([2.0, 3.0, 4.0, 4.5]), threshold, "")
