@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neuralode.kernels.operations import HANDLERS, MAKERS
 from neuralode.kernels.program import STATE, TIME, Program
 from neuralode.kernels.recall import circumstances, function_modes, recall, remember, remember_refusal
+from neuralode.kernels.tally import tally_of, was_read
 from neuralode.kernels.values import Made, NotLowered, Row, Writer, key_of
 from neuralode.kernels.watch import Watch
 
@@ -86,6 +87,8 @@ def lower(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any,
     except Exception as error:  # an attribute may be anything, and refuse to be looked at
         raise NotLowered(f"it cannot be looked at ({type(error).__name__}: {error})") from error
     if reason:
+        if when is not None and watch.too_much:
+            remember_refusal(field, when, watch, reason)
         raise NotLowered(reason)
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     writer = Writer(torch.is_grad_enabled())
@@ -144,8 +147,9 @@ def _check(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any
         later = Watch(field) if not ahead else _watch_at(field, watch, ahead)
         try:
             again = _evaluate(field, _moved(t), parts, args, later, Writer(torch.is_grad_enabled(), guess=guess))
+            same = not any(was_read(counter.value) for counter in later.counters)
             again.count(-1 - ahead)  # this evaluation was none of the solve's
-            same = len(later.counters) == len(watch.counters) and again.program == lowered.program
+            same = same and len(later.counters) == len(watch.counters) and again.program == lowered.program
             if not (same and all(map(_equal, again.tensors, lowered.tensors))):
                 use = "of a number that its calls change" if watch.counters else "of more than its operations show"
                 raise NotLowered(f"it makes use {use}")
@@ -165,8 +169,9 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _watch_at(field: Callable[..., Any], watch: Watch, ahead: int) -> Watch:
+    """Watches a field whose counters are far ahead, and tell whether it reads them."""
     for counter in watch.counters:
-        counter.add(ahead)
+        counter.value = tally_of(counter.value + ahead)
     return Watch(field)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import types
 import weakref
 from collections.abc import Iterator, Sized
@@ -16,7 +17,7 @@ _OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"_buffers"}
 """Attributes by which PyTorch itself keeps a module; parameters and hooks are looked at otherwise."""
 _HELD_BY_MODULES = frozenset(nn.Module().__dict__)
 LARGE = 256
-"""Entries of a container beyond which only their number is looked at."""
+"""Entries of a container beyond which they are compared as a whole, and not looked into."""
 MISSING = object()
 _NOT_OF_A_CALL = frozenset({
     "__init__", "__new__", "__del__", "__repr__", "__str__", "__getstate__", "__setstate__", "__reduce__",
@@ -169,17 +170,30 @@ class Calls(Place):
     counts = False
 
     def __init__(self, kinds: set[type[nn.Module]]):
-        names = [(kind, "forward") for kind in kinds] + [(nn.Module, "__call__")]
+        names = [(kind, "forward") for kind in kinds] + [(nn.Module, "__call__"), (nn.Module, "__getattr__")]
         super().__init__({name: self.read(name) for name in names})
 
     def read(self, name: Any) -> Any:
-        return getattr(name[0], name[1])
+        return getattr(name[0], name[1], MISSING)
 
     def write(self, name: Any, value: Any) -> None:
         setattr(name[0], name[1], value)
 
     def describe(self, name: Any) -> str:
         return f"a call changes {name[1]!r} of {name[0].__name__}"
+
+
+class Library(Calls):
+    """The functions of Python modules that a function names, such as `linear` of `torch.nn.functional`."""
+
+    def __init__(self, function: types.FunctionType):
+        names = globals_of(function.__code__)
+        owners = [x for name in names if isinstance(x := function.__globals__.get(name), types.ModuleType)]
+        for owner in owners:  # a module in a module is one more
+            held = [vars(owner).get(name) for name in names]
+            owners += [x for x in held if isinstance(x, types.ModuleType) and x not in owners]
+        found = {(owner, name): vars(owner).get(name) for owner in owners for name in names}
+        Place.__init__(self, {name: x for name, x in found.items() if callable(x)})
 
 
 class ClassAttributes(Place):
@@ -219,21 +233,20 @@ class Function(Place):
 
 
 class Array(Place):
-    """The numbers of an array, if they are few."""
+    """The numbers of an array."""
 
     grows = True
 
     def __init__(self, array: np.ndarray):
-        self.array = array
-        self.kept = array.copy() if array.size <= LARGE else None
+        self.array, self.kept = array, array.copy()
         super().__init__({})
 
     def added(self) -> Any:
-        same = self.kept is None or np.array_equal(self.array, self.kept, equal_nan=self.array.dtype.kind in "fc")
+        same = np.array_equal(self.array, self.kept, equal_nan=self.array.dtype.kind in "fc")
         return None if same else "array"
 
     def restore(self) -> None:
-        if self.kept is not None and self.array.flags.writeable:
+        if self.array.flags.writeable:
             self.array[...] = self.kept
 
 
@@ -292,10 +305,10 @@ class Entries(Place):
     grows = True
 
     def __init__(self, container: Any):
-        self.container = container
+        self.container, self.kept = container, container.copy()
         self.counts = not isinstance(container, collections.deque)
-        self.kept = container.copy() if len(container) <= LARGE else None
-        before = {} if self.kept is None or isinstance(container, set) else self.kept
+        self._whole = isinstance(container, set) or len(container) > LARGE
+        before = {} if self._whole else self.kept
         super().__init__(before if isinstance(before, dict) else dict(enumerate(before)), container)
 
     def read(self, name: Any) -> Any:
@@ -307,15 +320,20 @@ class Entries(Place):
         self.container[name] = value
 
     def added(self) -> Any:
-        changed = isinstance(self.container, set) and self.kept not in (None, self.container)
-        return type(self.container).__name__ if changed or len(self.container) != self.count else None
+        changed = len(self.container) != self.count or (self._whole and self._other())
+        return type(self.container).__name__ if changed else None
+
+    def _other(self) -> bool:
+        """Whether an entry is another than it was."""
+        if isinstance(self.container, set):
+            return bool(self.kept != self.container)
+        now, before = (x.items() if isinstance(x, dict) else [x] for x in (self.container, self.kept))
+        pairs = zip(itertools.chain.from_iterable(now), itertools.chain.from_iterable(before), strict=True)
+        return not all(a is b for a, b in pairs)
 
     def restore(self) -> None:
-        if self.kept is not None:
-            self.container.clear()
-            self.container.extend(self.kept) if hasattr(self.container, "extend") else self.container.update(self.kept)
-        while len(self.container) > self.count:
-            self.container.popitem() if isinstance(self.container, dict) else self.container.pop()
+        self.container.clear()
+        self.container.extend(self.kept) if hasattr(self.container, "extend") else self.container.update(self.kept)
 
 
 class Counter:
@@ -324,5 +342,13 @@ class Counter:
     def __init__(self, place: Place, name: Any):
         self.place, self.name = place, name
 
+    @property
+    def value(self) -> Any:
+        return self.place.read(self.name)
+
+    @value.setter
+    def value(self, number: Any) -> None:
+        self.place.write(self.name, number)
+
     def add(self, count: int) -> None:
-        self.place.write(self.name, self.place.read(self.name) + count)
+        self.value = self.value + count

@@ -69,7 +69,9 @@ def remember(field: Callable[..., Any], when: Any, watch: Watch, writer: Writer,
 
 def remember_refusal(field: Callable[..., Any], when: Any, watch: Watch, reason: str) -> None:
     """Keeps why a field is no program, so that the next solve need not try."""
-    if not (watch.draws or watch.opaque):
+    if watch.too_much:
+        _keep(field, when, _Refused(reason))
+    elif not (watch.draws or watch.opaque):
         _keep(field, when, Remembered(watch, None, None, [], reason))
 
 
@@ -181,6 +183,16 @@ class Remembered:
         """Advances the field's own counters."""
         for counter in self.counters:
             counter.add(evaluations)
+
+
+class _Refused(Remembered):
+    """A field of which it takes too long to see whether it has changed."""
+
+    def __init__(self, reason: str):
+        self.program, self.uses, self.refusal = None, 0, reason
+
+    def holds(self) -> bool:
+        return True
 
 
 def _present(x: Any, now: dict[int, torch.Tensor]) -> Any:

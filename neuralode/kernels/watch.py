@@ -25,6 +25,7 @@ from neuralode.kernels.places import (
     Counter,
     Entries,
     Function,
+    Library,
     Place,
     PlainModules,
     Slots,
@@ -32,12 +33,14 @@ from neuralode.kernels.places import (
     globals_of,
     slots_of,
 )
+from neuralode.kernels.tally import TALLIES, rose_by_one
 
 _CONTAINERS = (list, dict, set, collections.deque)
 _WITH_ENTRIES = (*_CONTAINERS, tuple, functools.partial)
 """Types of which subclasses may have attributes besides."""
 _PLAIN = frozenset({
     int, float, bool, str, bytes, type(None), types.CodeType, torch.Tensor, nn.Parameter, torch.dtype, torch.device,
+    *TALLIES.values(),
 })  # fmt: skip
 """Types of values that hold nothing to look at, but for the attributes that a user gives a tensor."""
 _TENSORS = (torch.Tensor, nn.Parameter)
@@ -48,18 +51,22 @@ _FROM_AFAR = frozenset({
 })  # fmt: skip
 """Names by which a function may read what it does not name."""
 _DEEPEST, _MOST_PLACES = 8, 256
-"""How far, and at how many things, is looked."""
+"""How far, and at how many things, is looked before each solve."""
+_DEEPEST_OF_ALL, _MOST_OF_ALL, _MOST_NUMBERS = 32, 4096, 10**6
+"""And before a first one, how large an array may be; of a field that goes beyond, nothing is known."""
 _KNOWN_PACKAGES = frozenset({
     "torch", "neuralode", "builtins", "math", "cmath", "operator", "functools", "itertools", "typing", "numpy", "types",
     "abc", "collections", "contextlib", "dataclasses", "enum", "einops", "copy", "warnings", "sys", "os", "time",
 })  # fmt: skip
 """Packages whose modules and classes a field may name: what they hold is not a user's to change."""
-_FROZEN = (torch.Tensor, str, bytes, complex, range, slice, enum.Enum, torch.Generator, types.BuiltinFunctionType,
-           types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType, np.generic, logging.Logger,
-           io.IOBase)  # fmt: skip
+_FROZEN = (torch.Tensor, str, bytes, complex, range, slice, enum.Enum, torch.Generator, types.WrapperDescriptorType,
+           types.MethodDescriptorType, np.generic, logging.Logger, io.IOBase)  # fmt: skip
 """Types whose values do not change, or are looked at elsewhere."""
 _GIVING = (random.Random, np.random.Generator, np.random.RandomState, Iterator)
 """Types that give something else each time."""
+_CLOCKS_AND_DICE = frozenset({"time", "datetime", "secrets", "uuid"})
+"""Modules that do."""
+_BOUND = (types.BuiltinMethodType, types.MethodWrapperType)
 
 
 class Watch:
@@ -80,6 +87,8 @@ class Watch:
         self._random: Any = None
         """Where the generators of Python and NumPy stand, if a function names them."""
         self._gives = ""
+        self.too_much = False
+        """Whether it holds more than can be looked at."""
         self._enter(field)
         if self.modules:
             self._enter_calls(Calls(set(map(type, self.modules))))
@@ -99,13 +108,15 @@ class Watch:
         """Why the field should not be called for its program at all; empty if it may be."""
         if hooks_everywhere():
             return "there are hooks on all modules"
+        if self.too_much:
+            return "it holds more than can be looked at"
         if self._gives:
             return self._gives
         for module in self.modules:
-            if has_hooks(module):
-                return f"{type(module).__name__} has hooks"
             if isinstance(module, torch.jit.ScriptModule):
                 return f"{type(module).__name__} is a TorchScript module"
+            if has_hooks(module):
+                return f"{type(module).__name__} has hooks"
             if hasattr(module, "_orig_mod"):
                 return "it is compiled by torch.compile"
         return ""
@@ -116,7 +127,7 @@ class Watch:
             for name, before in place.before.items():
                 now = place.read(name)
                 if now is not before:
-                    if not (place.counts and _rose_by_one(before, now)):
+                    if not (place.counts and rose_by_one(before, now)):
                         return place.describe(name)
                     self.counters.append(Counter(place, name))
             if (added := place.added()) is not None:
@@ -143,6 +154,8 @@ class Watch:
             return
         if depth > _DEEPEST or len(self.places) > _MOST_PLACES:
             self.opaque = True
+        if depth > _DEEPEST_OF_ALL or len(self.places) > _MOST_OF_ALL:
+            self.too_much = True
             return
         self.seen.add(id(thing))
         if isinstance(thing, nn.Module):
@@ -162,6 +175,9 @@ class Watch:
         elif isinstance(thing, types.MethodType):
             self._enter(thing.__self__, depth)
             self._enter(thing.__func__, depth)
+        elif isinstance(thing, _BOUND):  # of a dict, a list, a generator of random numbers
+            if not isinstance(thing.__self__, type | types.ModuleType):
+                self._enter(thing.__self__, depth)
         elif isinstance(thing, functools.partial):
             for part in (thing.func, *thing.args, *thing.keywords.values()):
                 self._enter(part, depth + 1)
@@ -170,15 +186,16 @@ class Watch:
                 self._random = _generators()
             self._look_at(Variables(thing, self.seen), depth)
             self._enter_names(thing, depth)
+            self.places.append(Library(thing))
             self._look_at(Function(thing), depth)
             if thing.__dict__:
                 self._look_at(Attributes(thing), depth)
         elif isinstance(thing, tuple):
-            self.opaque |= len(thing) > LARGE
-            for part in thing[:LARGE]:
+            self._weigh(thing)
+            for part in thing if len(thing) <= LARGE else ():
                 self._enter(part, depth + 1)
         elif isinstance(thing, _CONTAINERS):
-            self.opaque |= len(thing) > LARGE
+            self._weigh(thing)
             self._look_at(Entries(thing), depth)
         elif isinstance(thing, type | types.ModuleType):
             self.opaque |= not _is_of_known_package(thing)
@@ -190,7 +207,9 @@ class Watch:
             self._gives = f"it holds a {type(thing).__name__}, and what a call takes of that cannot be given back"
         elif isinstance(thing, np.ndarray):
             self.opaque = True
-            self._look_at(Array(thing), depth)
+            self.too_much |= thing.size > _MOST_NUMBERS
+            if not self.too_much:
+                self._look_at(Array(thing), depth)
         elif isinstance(thing, staticmethod | classmethod | property):
             for function in (getattr(thing, "__func__", None), getattr(thing, "fget", None)):
                 self._enter(function, depth + 1)
@@ -209,12 +228,21 @@ class Watch:
         """Watches what calls of modules run; PyTorch's own code is not looked at, but what a user puts there is."""
         self.places.append(calls)
         for function in calls.before.values():
-            if getattr(function, "__module__", "").partition(".")[0] not in _KNOWN_PACKAGES:
+            if _package_of(function) not in _KNOWN_PACKAGES:
                 self._enter(function)
+            elif isinstance(function, types.FunctionType):
+                self.places.append(Library(function))
+
+    def _weigh(self, container: Any) -> None:
+        """Notes whether a container has entries that are too many to look into."""
+        if len(container) > LARGE:
+            self.opaque = True
+            parts = container.values() if isinstance(container, dict) else container
+            self.too_much |= not _PLAIN.issuperset(map(type, parts))
 
     def _enter_names(self, function: types.FunctionType, depth: int) -> None:
         """Looks whether a function names modules or classes of the user's, whose methods are not followed."""
-        names = globals_of(function.__code__)
+        names, of_user = globals_of(function.__code__), _package_of(function) not in _KNOWN_PACKAGES
         self.opaque |= not _FROM_AFAR.isdisjoint(names)
         for name in names:
             thing = function.__globals__.get(name)
@@ -222,6 +250,8 @@ class Watch:
                 self.opaque = True
             if isinstance(thing, type):
                 self._enter_class(thing, depth)
+            if of_user and (name == "urandom" or _package_of(thing) in _CLOCKS_AND_DICE):
+                self._gives = f"it names {name!r}, which gives something else each time"
 
     def _enter_object(self, thing: Any, depth: int) -> None:
         self._look_at(Attributes(thing), depth)
@@ -229,7 +259,7 @@ class Watch:
 
     def _enter_class(self, kind: type, depth: int) -> None:
         for owner in kind.__mro__:
-            if owner.__module__.partition(".")[0] not in _KNOWN_PACKAGES and ("class", id(owner)) not in self.seen:
+            if _package_of(owner) not in _KNOWN_PACKAGES and ("class", id(owner)) not in self.seen:
                 self.seen.add(("class", id(owner)))
                 self._look_at(ClassAttributes(owner), depth)
 
@@ -239,9 +269,14 @@ class Watch:
             self._enter(value, depth + 1)
 
 
+def _package_of(thing: Any) -> str:
+    """The package of a module, or the one that a class or a function comes from."""
+    name = thing.__name__ if isinstance(thing, types.ModuleType) else getattr(thing, "__module__", None)
+    return str(name or "").partition(".")[0]
+
+
 def _is_of_known_package(thing: type | types.ModuleType) -> bool:
-    name = thing.__module__ if isinstance(thing, type) else thing.__name__
-    return name.partition(".")[0] in _KNOWN_PACKAGES or (isinstance(thing, type) and issubclass(thing, nn.Module))
+    return _package_of(thing) in _KNOWN_PACKAGES or (isinstance(thing, type) and issubclass(thing, nn.Module))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -258,7 +293,3 @@ def hooks_everywhere() -> bool:
 
 def _generators() -> Any:
     return random.getstate(), np.random.get_state()  # noqa: NPY002
-
-
-def _rose_by_one(before: Any, now: Any) -> bool:
-    return type(before) in (int, float) and type(now) is type(before) and now == before + 1

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
 import random
+import secrets
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -265,20 +269,87 @@ def test_the_same_memory_with_other_gradients(function: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "held", [np.random.default_rng(0), random.Random(0), itertools.count()], ids=["numpy", "python", "count"]
+    "held",
+    [
+        np.random.default_rng(0),
+        random.Random(0),
+        random.Random(0).random,
+        itertools.count(),
+        itertools.count().__next__,
+    ],
+    ids=["numpy", "python", "method of python's", "count", "method of a count"],
 )
 def test_what_gives_something_else_each_time(held: Any) -> None:
     assert "cannot be given back" in refused(Net(lambda self, t, y: y * 2, held=held))
 
 
-def test_a_count_that_is_made_use_of_later() -> None:
+@pytest.mark.parametrize("give", [lambda: time.time(), lambda: os.urandom(1)[0], lambda: secrets.randbelow(2)])
+def test_clocks_and_dice(give: Any) -> None:
+    assert "gives something else each time" in refused(lambda t, y: y if give() > 0 else -y)
+
+
+@pytest.mark.parametrize("use", [
+    lambda n: n % 7 == 3, lambda n: 20 <= n <= 1000, lambda n: n == 5, lambda n: (n // 10) % 2, lambda n: n > 5,
+    lambda n: float(n) < 7, lambda n: f"{n}" == "8", lambda n: {8: 1}.get(n), lambda n: math.sin(n) > 0.9,
+    lambda n: (n + 1) % 9 == 0, lambda n: not n, lambda n: -n == -8,
+])  # fmt: skip
+@pytest.mark.parametrize("start", [0, 0.0])
+def test_a_count_that_decides_anything(use: Any, start: float) -> None:
     def count(self: Any, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         self.n += 1
-        return y * (1 if self.n < 20 else 2)
+        return y * (2 if use(self.n) else 1)
 
-    net = Net(count, n=0)
+    net = Net(count, n=start)
     assert "makes use of a number" in refused(net)
-    assert net.n == 0
+    assert net.n == start
+    assert type(net.n) is type(start)
+
+
+def test_a_count_by_which_something_is_kept() -> None:
+    def count(self: Any, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.n = 1 + self.n
+        if self.n % 10 == 0:
+            self.log.append(self.n)
+        return 2 * y
+
+    net = Net(count, n=0, log=[])
+    assert "makes use of a number" in refused(net)
+    assert (net.n, net.log) == (0, [])
+
+
+class Nested:
+    def __init__(self, depth: int):
+        self.inner, self.n = Nested(depth - 1) if depth else None, 0
+
+    @property
+    def last(self) -> Nested:
+        return self.inner.last if self.inner else self
+
+
+def increase_entry(self: Any, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    self.held[700] += 1
+    return 2 * y
+
+
+def increase_last(self: Any, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    self.held.last.n += 2
+    return 2 * y
+
+
+def test_state_that_lies_deep_or_among_much() -> None:
+    for many in ([0.0] * 1000, dict.fromkeys(range(1000), 0), np.zeros(1000)):
+        net = Net(increase_entry, held=many)
+        assert "a call changes" in refused(net)
+        assert net.held[700] == 0
+    assert "a call changes 'n'" in refused(Net(increase_last, held=Nested(13)))
+    for much in (Nested(100), [Nested(0) for _ in range(1000)], tuple(Nested(0) for _ in range(1000))):
+        assert "more than can be looked at" in refused(Net(lambda self, t, y: 2 * y, held=much))
+
+
+def test_a_torchscript_module_within() -> None:
+    net = Net(lambda self, t, y: self.net(y), net=torch.jit.script(nn.Linear(3, 3)))
+    assert "TorchScript" in refused(net)
+    assert "TorchScript" in refused(lambda t, y: net.net(y))
 
 
 def test_hooks_of_all_modules_before_their_backward_pass() -> None:

@@ -151,6 +151,26 @@ def test_a_method_of_pytorch_that_is_exchanged(kind: Any, name: str, monkeypatch
     check(field, lambda: monkeypatch.setattr(kind, name, lambda self, *args: 1.5 * kept(self, *args)))
 
 
+@pytest.mark.parametrize(("owner", "name"), [(nn.functional, "linear"), (torch, "tanh"), (math, "exp")])
+def test_a_function_that_is_exchanged(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Field(Base):
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.layer(y)) * math.exp(0.1)
+
+    kept = getattr(owner, name)
+    check(Field(), lambda: monkeypatch.setattr(owner, name, lambda *args: 1.5 * kept(*args)))
+
+
+def test_a_method_of_a_dict() -> None:
+    settings = {"gain": 1.0}
+
+    class Field(Base):
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.layer(y)) * self.look_up("gain")
+
+    check(Field(look_up=settings.get), lambda: settings.update(gain=3.0))
+
+
 class Doubling(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
