@@ -37,9 +37,10 @@ class Schedule:
             row = [(1 - part) * a + part * b for a, b in zip(self.lrs[right - 1], self.lrs[right], strict=True)]
         return same_or_each(row, self.sizes, self.like)
 
-    def time(self, k: int) -> float:
-        """Flow time after k steps: s = Σ η of the first group."""
-        return sum(row[0] for row in self.lrs[:k])
+    def time(self, k: float) -> float:
+        """Flow time after k steps: s = Σ η of the first group; within a step it runs evenly."""
+        whole = int(k)
+        return sum(row[0] for row in self.lrs[:whole]) + ((k - whole) * self.lrs[whole][0] if k > whole else 0.0)
 
 
 class OptimizerFlow:
@@ -133,7 +134,7 @@ def _half_on(average: torch.Tensor, kept: Numbers, taken: Numbers, new: torch.Te
 
 
 def follow(
-    dynamics: OptimizerFlow, start: torch.Tensor, reads: Sequence[int], *, method: str | None = None,
+    dynamics: OptimizerFlow, start: torch.Tensor, reads: Sequence[float], *, method: str | None = None,
     rtol: float = 1e-3, atol: float | None = None, sharpness: Sharpness | None = None, first_step: float | None = None,
     max_steps: int = 10_000,
 ) -> Path:  # fmt: skip

@@ -27,6 +27,8 @@ _ENDS: dict[str, dict[str, Any]] = {
     "SGD": {"marker": "s", "ms": 5},
     "closed form": {"marker": "x", "ms": 6, "mew": 1.5},
 }
+for _name in ("Adam", "AdamW"):  # each looks as SGD does, for a picture has one of them
+    _LINES[_name], _ENDS[_name] = _LINES["SGD"], _ENDS["SGD"]
 _PAPER = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
 _GREEN, _AMBER, _RED = COLOURS[2], COLOURS[4], COLOURS[1]
 _NEAR, _EDGE, _SCALE = 0.8, 1.0, 1.5
@@ -116,7 +118,7 @@ def edge_figure(steps: Array, sharpness: Array, threshold: Array, title: str) ->
     style, label = ".-" if known.sum() < 50 else "-", r"sharpness $λ_\mathrm{max}$"
     if known.sum() == 1:  # no line to read it off
         style, step, value = "o", steps[known][0], sharpness[known][0]
-        _say(panel, f"{value:.3g} at step {step:g}", (step, value), right=True, up=value < top / 2)
+        _say(panel, f"{value:.4g} at step {step:g}", (step, value), right=True, up=value < top / 2)
     panel.plot(steps[known], sharpness[known], style, color=COLOURS[0], lw=1.4, label=label, clip_on=False)
     panel.plot(steps, edge, color="black", lw=1.2, ls="--", label="stability threshold")
     panel.margins(x=0)

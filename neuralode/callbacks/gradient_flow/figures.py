@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,19 @@ from neuralode.callbacks.gradient_flow.modes import Paths
 from neuralode.gradient_flow import GradientField, Plane, plane
 
 _NAMES = {FLOW: "gradient flow", DESCENT: "descent on the probe", CLOSED_FORM: "closed form"}
-_GRID, _FINE = 9, 65
-"""Losses evaluated along each side of the contours, and points after smooth interpolation."""
+GRIDS = (25, 9)
+"""Losses evaluated along each side of the contours: where one takes little time, and else."""
+_FINE = 97
+"""Points along each side after smooth interpolation."""
 
 
 def draw(log: FlowLog, step: int, paths: Paths | None, field: GradientField, kind: str,
-         with_loss: bool = True, optimizer: str = "SGD") -> None:  # fmt: skip
+         grid: int = GRIDS[-1], optimizer: str = "SGD") -> None:  # fmt: skip
     """Draws what there is: the trajectory, the curves over flow time, sharpness against threshold, the gauge.
 
     Args:
         kind: of the plane.
-        with_loss: the contours of the loss under the trajectory, which cost as much as some thirty gradients.
+        grid: losses along each side of the contours under the trajectory, 0 for none; nine cost some thirty gradients.
         optimizer: its name, for the path that it took.
     """
     from neuralode.viz import gradient_flow as viz  # matplotlib, only when something is drawn
@@ -35,8 +36,8 @@ def draw(log: FlowLog, step: int, paths: Paths | None, field: GradientField, kin
         thetas = {name: torch.stack(path) for name, path in paths.thetas.items()}
         order = ["sgd", FLOW, *(name for name in thetas if name not in ("sgd", FLOW))]
         found = plane([thetas[name] for name in order], kind)
-        flat = {names[name]: found.project(thetas[name]).cpu().numpy() for name in order}
-        under = contours(field, found, flat) if with_loss else None
+        flat = {names[name]: found.project(paths.line(name)).cpu().numpy() for name in order}
+        under = contours(field, found, flat, grid) if grid else None
         trajectory = viz.trajectory_figure(flat, under, found.explained, f"paths of the weights, {span}")
         log.figure(step, "trajectory", trajectory)
         losses = {names[name]: np.array(paths.losses[name]) for name in order}
@@ -50,20 +51,24 @@ def draw(log: FlowLog, step: int, paths: Paths | None, field: GradientField, kin
         log.figure(step, "gauge", viz.gauge_figure(sharpness[-1] / threshold[-1], f"stability at step {steps[-1]}"))
 
 
-def contours(field: GradientField, found: Plane, flat: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def contours(
+    field: GradientField, found: Plane, flat: dict[str, Any], grid: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Losses on a grid in the plane that holds the paths: x [nx], y [ny], loss [ny, nx]."""
     points = np.concatenate(list(flat.values()))
     low, high = points.min(0), points.max(0)
     # a window that is not a slit, for the loss around the paths is what the picture shows
     middle, half = (low + high) / 2, np.maximum((high - low) * 0.65, 0.2 * (high - low).max() + 1e-12)
-    axes = [torch.linspace(m - h, m + h, _GRID, dtype=torch.float64) for m, h in zip(middle, half, strict=True)]
-    grid = torch.cartesian_prod(*axes).reshape(_GRID, _GRID, 2).transpose(0, 1)
+    axes = [torch.linspace(m - h, m + h, grid, dtype=torch.float64) for m, h in zip(middle, half, strict=True)]
+    places = torch.cartesian_prod(*axes).reshape(grid, grid, 2).transpose(0, 1)
     with field.borrowed():
-        rows = [[float(field.loss(found.lift(point.to(found.origin)))) for point in row] for row in grid]
+        rows = [[float(field.loss(found.lift(point.to(found.origin)))) for point in row] for row in places]
     coarse = torch.tensor(rows, dtype=torch.float64)
     if torch.isfinite(coarse).all():
-        shape = (_FINE, _FINE)
-        fine = F.interpolate(coarse[None, None], shape, mode="bicubic", align_corners=True)[0, 0]
-        coarse = fine.clamp(float(coarse.min()) * (0.5 if coarse.min() > 0 else 1.5), math.inf)
+        logarithms = bool(coarse.min() > 0)  # in which the contours are even, and nothing overshoots below zero
+        # the bottom of a valley is zero, or not, by where the grid happens to meet it
+        given = coarse.clamp_min(1e-4 * float(coarse.max())).log() if logarithms else coarse
+        fine = F.interpolate(given[None, None], (_FINE, _FINE), mode="bicubic", align_corners=True)[0, 0]
+        coarse = fine.exp() if logarithms else fine
         axes = [torch.linspace(float(a[0]), float(a[-1]), _FINE, dtype=torch.float64) for a in axes]
     return axes[0].numpy(), axes[1].numpy(), coarse.numpy()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,11 @@ READS = 10
 """Parts of a window at whose ends the paths are compared."""
 _MOST_POINTS = 32
 """Points of a global path whose weights are kept."""
+_FINER = 8
+"""Up to as many times more points make the line of a path in the picture, where they cost nothing but memory."""
+_MOST_NUMBERS = 2**24
+"""Weights in all those points."""
+_MOST_ON_A_LINE = 128
 
 
 @dataclass
@@ -43,6 +49,19 @@ class Paths:
     """Distance of the flow from the start, [T]."""
     thetas: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     """Weights [P] for the picture: both ends, and between them where the path turns."""
+    finer: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """The same, with more between them, of those paths that are known there."""
+
+    def line(self, name: str) -> torch.Tensor:
+        """Weights [T, P] along a path, as many as there are."""
+        return torch.stack(self.finer.get(name) or self.thetas[name])
+
+    def refine(self, name: str, thetas: Iterable[torch.Tensor]) -> None:
+        """Goes on with the line of a path."""
+        line = self.finer.setdefault(name, [])
+        line.extend(thetas)
+        while len(line) > _MOST_ON_A_LINE:
+            del line[_least_missed(line)]
 
     def add(self, step: int, s: float, thetas: Mapping[str, torch.Tensor], losses: Mapping[str, float]) -> None:
         self.steps.append(step)
@@ -54,8 +73,8 @@ class Paths:
                 self.distances.setdefault(name, []).append(_distance(theta, thetas[FLOW]))
         self.gone.append(_distance(thetas[FLOW], self.thetas[FLOW][0]))
         path = self.thetas["sgd"]
-        if len(path) > _MOST_POINTS:  # the point goes that the picture misses least
-            least = min(range(1, len(path) - 1), key=lambda i: _distance(path[i - 1], path[i + 1]))
+        if len(path) > _MOST_POINTS:
+            least = _least_missed(path)
             for points in self.thetas.values():
                 del points[least]
 
@@ -115,21 +134,26 @@ class Window:
             return None
         start = self._thetas[0]
         lrs = self._lrs[: reads[-1]]
-        paths = {"sgd": self._thetas}
+        paths, result = {"sgd": self._thetas}, Paths()
         if self.piecewise:
             paths[FLOW] = self._follow_pieces(settings, rules, state, lrs)
         else:
+            moments, steps = denser(reads, start), reads
+            if len(moments) > len(reads):
+                steps = sorted({*reads, *range(0, reads[-1], max(1, reads[-1] // (_FINER * READS)))})
             dynamics = OptimizerFlow(settings.field, rules, state, lrs)
             found = follow(
-                dynamics, dynamics.start(start), reads, rtol=settings.rtol, sharpness=settings.sharpness,
+                dynamics, dynamics.start(start), moments, rtol=settings.rtol, sharpness=settings.sharpness,
                 max_steps=40 * self.length + 500,
             )  # fmt: skip
-            paths[FLOW] = list(found.thetas)
-            paths[DESCENT] = _descent(settings.field, start, state, lrs, reads)
+            lines: dict[str, tuple[Sequence[float], Any]] = {FLOW: (moments, found.thetas)}
+            lines[DESCENT] = (steps, _descent(settings.field, start, state, lrs, steps))
+            if known := closed_form(settings.field, start, rules, lrs):
+                lines[CLOSED_FORM] = (moments, known.flow(found.s))
+            for name, (at, line) in lines.items():
+                paths[name] = [line[at.index(k)] for k in reads]
+                result.refine(name, line)
         times = [self._s + sum(row[0] for row in lrs[:k]) for k in reads]
-        if not self.piecewise and (known := closed_form(settings.field, start, rules, lrs)):
-            paths[CLOSED_FORM] = list(known.flow(torch.tensor(times, dtype=torch.float64) - self._s))
-        result = Paths()
         for i, k in enumerate(reads):
             thetas = {name: path[i] for name, path in paths.items()}
             result.add(self._start + k, times[i], thetas, settings.losses(thetas))
@@ -197,12 +221,13 @@ class Global:
         """Follows the steps since the last call."""
         if not self._lrs or self._state is None:
             return
+        moments = denser([0, len(self._lrs)], theta, _MOST_ON_A_LINE)
         dynamics = OptimizerFlow(settings.field, rules, self._state, self._lrs, self._steps)
         z = dynamics.start(self.paths.thetas[FLOW][-1]) if self._z is None else self._z
         found = follow(
             dynamics,
             z,
-            [0, len(self._lrs)],
+            moments,
             rtol=settings.rtol,
             sharpness=settings.sharpness,
             first_step=self._last_step,
@@ -210,8 +235,11 @@ class Global:
         self._z, self._steps, self._last_step = found.end, self._steps + len(self._lrs), found.last_step
         self._lrs = []
         thetas = {"sgd": theta, FLOW: found.end[0]}
+        self.paths.refine(FLOW, found.thetas[1:] if self.paths.finer else found.thetas)
         if self._known is not None:
+            known = self._known.flow(self.paths.s[-1] - self.paths.s[0] + found.s)
             thetas[CLOSED_FORM] = self._known.flow(torch.tensor([s - self.paths.s[0]], dtype=torch.float64))[0]
+            self.paths.refine(CLOSED_FORM, known[1:] if CLOSED_FORM in self.paths.finer else known)
         self.paths.add(step, s, thetas, settings.losses(thetas))
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,6 +255,23 @@ class Global:
         self._last_step = saved["last_step"]
         self._state = None if saved["state"] is None else OptimizerState.restored(saved["state"])
         self._known = None if saved["known"] is None else Quadratic(**saved["known"])
+
+
+def denser(reads: Sequence[int], like: torch.Tensor, most: int = READS) -> list[float]:
+    """The moments of `reads` with others between them, where weights [P] of so many are no burden to keep.
+
+    Args:
+        like: the weights.
+        most: reads that come together in a path.
+    """
+    parts = max(1, min(_FINER, _MOST_NUMBERS // (max(most, len(reads)) * like.numel())))
+    between = [a + (b - a) * i / parts for a, b in itertools.pairwise(reads) for i in range(parts)]
+    return [*between, reads[-1]]
+
+
+def _least_missed(path: Sequence[torch.Tensor]) -> int:
+    """The point between the ends that a picture of the path misses least."""
+    return min(range(1, len(path) - 1), key=lambda i: _distance(path[i - 1], path[i + 1]))
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from neuralode.callbacks.gradient_flow.figures import draw
+from neuralode.callbacks.gradient_flow.figures import GRIDS, draw
 from neuralode.callbacks.gradient_flow.governor import Governor, seconds_of
 from neuralode.callbacks.gradient_flow.log import FLOW, FlowLog
 from neuralode.callbacks.gradient_flow.measurements import Defect, Edge, derivative_values
@@ -29,8 +29,8 @@ _GRADIENTS = {"sharpness": 52, "derivatives": 10, "paths": 200, "figures": 0}
 """What a measurement costs before it has been made, in gradients on the probe as they were at the start: twice what it
 takes, for a solve takes more evaluations as its field learns."""
 _PROBE = 1024
-_DRAWING, _CONTOURS = 0.3, 32
-"""Seconds that the figures take, and what the loss under them costs, in gradients."""
+_DRAWING, _CONTOUR = 0.3, 0.4
+"""Seconds that the figures take, and what a loss costs of those under them, in gradients."""
 
 
 _PARTS = ("governor", "edge", "flow_sharpness", "window", "globally")
@@ -319,8 +319,9 @@ class GradientFlowMonitor(pl.Callback):
 
     def _draw(self, trainer: pl.Trainer) -> None:
         assert self._log is not None
-        with_loss = self.governor.affords(_CONTOURS * self._gradient_seconds)
-        draw(self._log, self._seen, self.paths, self._field, self.plane, with_loss,
+        cost = {grid: _CONTOUR * grid**2 * self._gradient_seconds for grid in GRIDS}
+        grid = next((g for g in GRIDS if self.governor.affords(cost[g]) and (cost[g] < 1.0 or g == GRIDS[-1])), 0)
+        draw(self._log, self._seen, self.paths, self._field, self.plane, grid,
              name_of(update_rules(self._optimizer(trainer))))  # fmt: skip
 
     def _finish(self, trainer: pl.Trainer) -> None:

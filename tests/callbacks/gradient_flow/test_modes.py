@@ -101,6 +101,10 @@ def test_window_on_the_linear_regression(tmp_path: Path) -> None:
     assert found.steps[-1] == 24
     assert found.s == pytest.approx([0.01 * k for k in found.steps])
     assert monitor.summary["distance"] == found.distances["sgd"][-1]
+    flow, known = found.line("gradient_flow"), found.line("closed_form")
+    assert len(flow) == 8 * (len(found.steps) - 1) + 1, "the picture's line has more points than are compared"
+    assert (flow - known).norm(dim=1).max() < 1e-3
+    assert len(found.line("descent")) == 25
     assert monitor.summary["distance_relative"] == pytest.approx(found.distances["sgd"][-1] / found.gone[-1])
 
 
@@ -202,6 +206,7 @@ def test_global_on_the_linear_regression(tmp_path: Path) -> None:
     assert gaps[24] == pytest.approx(0.0376210, abs=2e-5)
     assert max(found.distances["closed_form"]) < 1e-4
     assert all(len(points) <= 32 for points in found.thetas.values())
+    assert len(found.line("gradient_flow")) == len(found.line("closed_form")) == 128, "of 8 between two steps"
     assert found.losses["sgd"][0] == pytest.approx(float(textbook().tensors[1].square().mean()))
 
 
