@@ -55,11 +55,12 @@ class Governor:
         self._last = dict.fromkeys(cadences, 0)
         self._earlier = 0.0
         self._started = clock()
+        self._stopped: float | None = None
 
     @property
     def wall(self) -> float:
         """Seconds of training so far, measurements and earlier parts of a resumed run included."""
-        return self._earlier + self._clock() - self._started
+        return self._earlier + (self._clock() if self._stopped is None else self._stopped) - self._started
 
     @property
     def spent(self) -> float:
@@ -73,7 +74,11 @@ class Governor:
 
     def start(self) -> None:
         """Starts the wall clock."""
-        self._started = self._clock()
+        self._started, self._stopped = self._clock(), None
+
+    def stop(self) -> None:
+        """Stops the wall clock: nothing is measured any more."""
+        self._stopped = self._clock()
 
     def expect(self, kind: str, seconds: float) -> None:
         """What a measurement that has not been made yet will cost."""
@@ -158,7 +163,8 @@ class Governor:
         return {"wall": self.wall, **{name: dict(getattr(self, name)) for name in names}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._earlier, self._started = state["wall"], self._clock()
+        self._earlier = state["wall"]
+        self.start()
         for name, value in state.items():
             if name != "wall":
                 getattr(self, name).update(value)

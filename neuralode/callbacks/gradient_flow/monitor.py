@@ -268,7 +268,7 @@ class GradientFlowMonitor(pl.Callback):
 
     def _measure_sharpness(self, trainer: pl.Trainer) -> None:
         values, self._words = self.edge.measure(self._field, self._optimizer(trainer), self._seen, self._lrs)
-        self._write(values | {"flow/overhead": self.governor.overhead})
+        self._write(values)
         self.summary |= {name: values[f"flow/{name}"] for name in ("sharpness", "stability")}
         self._summarise()
 
@@ -332,11 +332,15 @@ class GradientFlowMonitor(pl.Callback):
                 (self._advance if self.mode == "global" else self._finish_window)(trainer)
         if self.mode == "global":
             self.paths = self.globally.paths
-        if self.governor.budget is None and (self.edge.last is None or self.edge.last[0] < self._seen):
+        # within a budget not for the first time, for its figures would come on top
+        known = self.edge.last is not None or self.governor.budget is None
+        late = self.edge.last is None or self.edge.last[0] < self._seen
+        if known and late and self.governor.affords_another("sharpness"):
             with self.governor.measuring("sharpness", self._seen):
                 self._measure_sharpness(trainer)
         with self.governor.measuring("figures", self._seen):
             self._draw(trainer)
+        self.governor.stop()  # one share of the time for the result, TensorBoard, the text and the last line
         self.summary["overhead"] = self.governor.overhead
         self._write({"flow/overhead": self.governor.overhead})
         self._summarise()

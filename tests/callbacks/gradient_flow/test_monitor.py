@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,20 @@ def test_a_task_of_this_package_is_untouched(mode: str, make_config: Callable, t
         assert same(one, other), i
     assert "flow/distance" in {tag for _, _, tag, _ in rows(tmp_path / "with" / "gradient_flow")}
     assert {"distance", "sharpness", "stability", "overhead"} <= result["gradient_flow"].keys()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_its_share_of_the_time_is_one_number(
+    make_config: Callable, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = ["data=moons", "data.samples=48", "trainer.max_epochs=2", "logger=none", "~callbacks.phase_portrait",
+           "callbacks=gradient_flow", "monitor.flow_every=1", "monitor.flow_budget=null"]  # fmt: skip
+    share = train(make_config(*run, output=tmp_path), tmp_path, run)["gradient_flow"]["overhead"]
+    said = f"took {100 * share:.1f} % of the training's time"
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "gradient_flow" / "summary.md").read_text()
+    written = (tmp_path / "gradient_flow" / "scalars.csv").read_text()
+    assert re.findall(r"flow/overhead,(.*)", written) == [repr(share)]
 
 
 # --- what fails ------------------------------------------------------------------------------------------------------
