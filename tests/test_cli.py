@@ -173,6 +173,7 @@ def test_two_processes(train_cli: Cli, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["steps"] == 4  # 64 samples, 2 processes with 16 each, 2 epochs
     assert done.output.count("run:  ") == 1
+    assert "sync_dist" not in done.output
 
 
 def test_saved_config_outlives_changed_files(train_cli: Cli, tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ class Task(pl.LightningModule, abc.ABC):
 
     def on_train_epoch_end(self) -> None:
         for name, total in self._sums.items():
-            mean = self.trainer.strategy.reduce(total / self._samples, reduce_op="mean")
-            self.log(f"train/{name}", mean.float(), prog_bar=name == "loss")
+            mean = (total / self._samples).float()
+            self.log(f"train/{name}", mean, prog_bar=name == "loss", sync_dist=True)
         self._sums, self._samples = {}, 0
 
     def validation_step(self, batch: Any, index: int) -> None:
@@ -86,8 +86,9 @@ class Task(pl.LightningModule, abc.ABC):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: Any, stage: str) -> None:
+        kind: dict[str, Any] = {"on_step": False, "on_epoch": True, "prog_bar": True, "sync_dist": True}
         for name, value in self.measure(batch, stage).items():
-            self.log(f"{stage}/{name}", value, on_step=False, on_epoch=True, batch_size=len(batch[0]), prog_bar=True)
+            self.log(f"{stage}/{name}", value, batch_size=len(batch[0]), **kind)
 
     def configure_optimizers(self) -> Any:
         try:
