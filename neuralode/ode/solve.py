@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import reprlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -186,7 +187,10 @@ def _times(t: torch.Tensor | Sequence[float], like: torch.Tensor) -> torch.Tenso
     real = like.real.dtype if like.is_complex() else like.dtype
     if not real.is_floating_point:
         raise UsageError(f"the state is of type {like.dtype}; a solve needs a floating-point or complex state.")
-    ts = t.to(like.device) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=real, device=like.device)
+    try:
+        ts = t.to(like.device) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=real, device=like.device)
+    except (TypeError, ValueError):
+        raise UsageError(f"t is {reprlib.repr(t)}; give the times as numbers, [0.0, 1.0], or as a tensor.") from None
     if ts.dim() not in (1, 2) or ts.shape[-1] < 2:
         raise UsageError(f"t has shape {tuple(ts.shape)}; a solve needs at least two times, [T] or [B, T].")
     if not ts.is_floating_point():
