@@ -30,9 +30,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"there is no checkpoint {str(path)!r}; give the path of a .ckpt file of an earlier run.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged pickle may raise is not documented
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"the checkpoint {str(path)!r} cannot be read ({reason}); use another one.") from error
+    except OSError as error:
+        raise UsageError(f"the checkpoint {str(path)!r} cannot be read: {error.strerror or error}.") from error
+    except Exception:  # what a damaged pickle may raise is not documented, and PyTorch's advice is to trust it
+        raise UsageError(
+            f"{str(path)!r} is not a checkpoint of neuralode, or it is damaged; give the .ckpt file of an earlier run."
+        ) from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):
         raise UsageError(f"{str(path)!r} is not a checkpoint of neuralode: it does not say which model it holds.")
     found = checkpoint[KEY].get("format")

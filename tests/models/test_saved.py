@@ -102,12 +102,12 @@ def test_damaged_files(tmp_path: Path) -> None:
     for damaged in (b"", b"not a checkpoint", b"\x80\x02}q\x00.", whole[:100], whole[: len(whole) // 2], whole[:-20]):
         path = tmp_path / "damaged.ckpt"
         path.write_bytes(damaged)
-        assert "cannot be read" in refusal(path)
+        assert "is not a checkpoint of neuralode, or it is damaged" in refusal(path)
 
 
 def test_damaged_pickle(tmp_path: Path) -> None:
     (tmp_path / "damaged.ckpt").write_bytes(b".")
-    assert "cannot be read" in refusal(tmp_path / "damaged.ckpt")
+    assert "is not a checkpoint of neuralode, or it is damaged" in refusal(tmp_path / "damaged.ckpt")
 
 
 @pytest.mark.parametrize("found", [FORMAT + 1, None])
@@ -169,7 +169,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     content, _ = checkpoint()
     content["extra"] = Payload(tmp_path / "ran")
     path = write(tmp_path / "a.ckpt", content)
-    assert "cannot be read" in refusal(path)
+    assert "is not a checkpoint of neuralode, or it is damaged" in refusal(path)
     assert not (tmp_path / "ran").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "ran").exists(), "the payload works, so that it was load that held it back"
