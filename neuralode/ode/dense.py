@@ -53,6 +53,10 @@ class DenseOutput:
         self.direction = 1.0 if steps[0].h > 0 else -1.0
         self._ends = [(piece.t + piece.h) * self.direction for piece in steps]
 
+    def __repr__(self) -> str:
+        first, last = self.steps[0], self.steps[-1]
+        return f"{type(self).__name__}(t from {first.t:g} to {last.t + last.h:g}, {len(self.steps)} steps)"
+
     def __call__(self, t: Any) -> State:
         """The state at t.
 
@@ -94,6 +98,9 @@ class RowDenseOutput:
     def __init__(self, steps: Sequence[DensePiece], rows: Rows, packing: Packing, end: torch.Tensor,
                  stop: Stop | None = None):  # fmt: skip
         self.steps, self.rows, self.packing, self.end, self.stop = steps, rows, packing, end, stop
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.rows.count} samples, up to {len(self.steps)} steps)"
 
     def __call__(self, t: Any) -> State:
         """The state at t.

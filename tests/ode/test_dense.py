@@ -82,6 +82,13 @@ def test_times_may_be_numbers_scalars_or_a_row() -> None:
     torch.testing.assert_close(row[2], row[1])
 
 
+def test_it_says_over_what_it_is_known() -> None:
+    solution = solve(lambda t, y: -y, torch.ones(3), [0.5, 2.0], dense=True)
+    assert repr(solution.dense) == f"DenseOutput(t from 0.5 to 2, {solution.stats.accepted} steps)"
+    rows = solve(lambda t, y: -y, torch.ones(3, 2), [0.5, 2.0], dense=True, per_sample=True)
+    assert "3 samples" in repr(rows.dense)
+
+
 def test_it_is_there_only_when_asked_for() -> None:
     assert solve(PROBLEM.field, PROBLEM.y0, PROBLEM.times()).dense is None
 
