@@ -15,6 +15,10 @@ class FieldError(UsageError):
     """A field that our engines cannot solve; torchdiffeq, which checks less, may."""
 
 
+class FieldArgumentsError(UsageError, TypeError):
+    """A field that does not take what it is called with; a TypeError, as the call itself raises."""
+
+
 class Stopped(SystemExit):
     """The run was asked to stop by a signal; the exit code is 128 + the signal's number, as in a shell."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from neuralode.errors import UsageError
+from neuralode.errors import FieldArgumentsError, UsageError
 from neuralode.ode.packing import lasting
 from neuralode.ode.solution import State, Stats
 
@@ -20,6 +21,25 @@ Field = Callable[..., Any]
 def tensors(state: State) -> tuple[torch.Tensor, ...]:
     """The parts of a state, a lone tensor counting as one part."""
     return state if isinstance(state, tuple) else (state,)
+
+
+def refuse_other_arguments(field: Field, args: Sequence[Any]) -> None:
+    """Looks, after a solve that ended in a TypeError, whether it was the field's call that could not be made.
+
+    Raises:
+        FieldArgumentsError: if the field does not take t, y and these arguments.
+    """
+    try:
+        taken = inspect.signature(field.forward if isinstance(field, nn.Module) else field)
+    except (TypeError, ValueError):  # nothing that can be called, or a builtin that does not say
+        if callable(field):
+            return
+        raise FieldArgumentsError(f"the field is a {type(field).__name__}; give a function f(t, y).") from None
+    try:
+        taken.bind(None, None, *args)
+    except TypeError:
+        names, given = ", ".join(taken.parameters), ", ".join(["t", "y", *(f"a{i + 1}" for i in range(len(args)))])
+        raise FieldArgumentsError(f"the field takes ({names}), and a solve calls it as f({given}).") from None
 
 
 class TooManySteps(Exception):

@@ -21,7 +21,7 @@ from neuralode.ode.clock import host_values
 from neuralode.ode.eager import eager
 from neuralode.ode.fastest import run_fastest
 from neuralode.ode.methods import METHODS, check_method, in_torchdiffeq, options_of, takes_fixed_steps
-from neuralode.ode.observed_field import tensors
+from neuralode.ode.observed_field import refuse_other_arguments, tensors
 from neuralode.ode.setup import unable
 from neuralode.ode.solution import Stats
 from neuralode.ode.solver_config import SolverConfig
@@ -135,7 +135,11 @@ def odeint_dense(func: Any, y0: Any, t0: Any, t1: Any, *, rtol: float = 1e-7, at
 def _states(func: Any, y0: Any, t: torch.Tensor, config: SolverConfig) -> Any:
     """As torchdiffeq, which returns what it has where a fixed-step method runs away."""
     stats = Stats("stepper", config.method, config.gradient)
-    return run_fastest(func, y0, t.to(tensors(y0)[0].device), (), config, stats, strict=False)
+    try:
+        return run_fastest(func, y0, t.to(tensors(y0)[0].device), (), config, stats, strict=False)
+    except TypeError:
+        refuse_other_arguments(func, ())
+        raise
 
 
 def _known(method: str | None, options: dict[str, Any] | None) -> dict[str, Any] | None:

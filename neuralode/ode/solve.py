@@ -20,7 +20,7 @@ from neuralode.ode.eager import eager
 from neuralode.ode.events import Event
 from neuralode.ode.fastest import run_fastest
 from neuralode.ode.methods import METHODS, in_torchdiffeq
-from neuralode.ode.observed_field import Field, tensors
+from neuralode.ode.observed_field import Field, refuse_other_arguments, tensors
 from neuralode.ode.setup import unable
 from neuralode.ode.solution import Events, Solution, SolveError, State, Stats, Status
 from neuralode.ode.solver_config import DEFAULT_MAX_STEPS, DEFAULT_MEMORY_BUDGET, SolverConfig
@@ -125,6 +125,9 @@ def solve_configured(
             ys, at, found = stepper_engine.run(field, y0, ts, tuple(args), config, stats, dense, events)
         else:
             ys = torchdiffeq_engine.run(field, y0, ts, tuple(args), config, stats)
+    except TypeError:
+        refuse_other_arguments(field, args)
+        raise  # a mistake inside the field, which its own words describe best
     except SolveError as error:
         if throw:
             raise

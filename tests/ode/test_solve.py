@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
 
 from neuralode.errors import UsageError
-from neuralode.ode import Solution, SolverConfig, Status, solve, solve_configured
+from neuralode.ode import Solution, SolverConfig, Status, odeint, solve, solve_configured
 
 Y0 = torch.tensor([1.0, 2.0])
 
@@ -151,6 +152,43 @@ def test_field_that_returns_no_tensor_is_refused(returned: Any, gradient: str) -
 def test_states_that_are_no_tensors_are_refused(y0: Any) -> None:
     with pytest.raises(UsageError, match=rf"y0 is a {type(y0).__name__}; give .* a tensor or a tuple of tensors"):
         solve(decay, y0, [0.0, 1.0])
+
+
+class OfTheStateAlone(torch.nn.Module):
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return -y
+
+
+@pytest.mark.parametrize(
+    ("field", "args", "sentence"),
+    [
+        (lambda: 1.0, (), "takes (), and a solve calls it as f(t, y)"),
+        (lambda t, y, a: y, (), "takes (t, y, a), and a solve calls it as f(t, y)"),
+        (lambda t, y: y, (2.0,), "takes (t, y), and a solve calls it as f(t, y, a1)"),
+        (OfTheStateAlone(), (), "takes (y), and a solve calls it as f(t, y)"),
+        (3.0, (), "the field is a float"),
+    ],
+)
+@pytest.mark.parametrize("error", [UsageError, TypeError])
+def test_a_field_of_other_arguments_is_refused(field: Any, args: tuple, sentence: str, error: type) -> None:
+    with pytest.raises(error, match=re.escape(sentence)):
+        solve(field, torch.ones(2), [0.0, 1.0], args=args)
+    if not args and callable(field):
+        with pytest.raises(error, match=re.escape(sentence)):
+            odeint(field, torch.ones(2), torch.tensor([0.0, 1.0]))
+
+
+def test_a_type_error_of_the_field_itself_stays_what_it_is() -> None:
+    for solver in (solve, odeint):
+        with pytest.raises(TypeError, match="has no len") as caught:
+            solver(lambda t, y: y * len(3), torch.ones(2), torch.tensor([0.0, 1.0]))  # type: ignore[arg-type]
+        assert type(caught.value) is TypeError
+
+
+@pytest.mark.parametrize("times", [["0", "1"], "01", None])
+def test_times_that_are_no_numbers_are_refused(times: Any) -> None:
+    with pytest.raises(UsageError, match="give the times as numbers"):
+        solve(decay, torch.ones(2), times)
 
 
 def test_a_lone_argument_is_refused() -> None:
