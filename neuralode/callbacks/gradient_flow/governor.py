@@ -149,7 +149,11 @@ class Governor:
         """Overhead and cadences in words."""
         reached = {kind: mean for kind, mean in self.cadences_reached().items() if kind != self.at_end}
         counts = {kind: count for kind, count in self._count.items() if kind != self.at_end}
-        parts = [f"{kind} every {reached[kind]:.0f} steps (asked: {self.cadences[kind]})" for kind in reached]
+        # the last measurement, at the end of the training, comes sooner than its turn
+        parts = [
+            f"{kind} every {max(mean, self.cadences[kind]):.0f} steps (asked: {self.cadences[kind]})"
+            for kind, mean in reached.items()
+        ]
         parts += [f"{kind} once" for kind, count in counts.items() if count == 1]
         missing = [kind for kind, count in counts.items() if count == 0]
         parts += [f"{kind} never, for it would have cost {self._cost[kind]:.1f} s" for kind in missing]
