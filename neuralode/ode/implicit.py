@@ -222,8 +222,9 @@ class _Solved(torch.autograd.Function):
         ctx.save_for_forward(*inputs[2:])
 
     @staticmethod
-    def jvp(ctx: Any, here: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
-        return torch.linalg.lu_solve(*ctx.saved_tensors, _columns(here)).reshape(here.shape)
+    def jvp(ctx: Any, here: torch.Tensor, slope: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+        # no_grad does not keep tangents out of the iteration: what it found is in `slope`, and in `here` through it
+        return slope + torch.linalg.lu_solve(*ctx.saved_tensors, _columns(here - slope)).reshape(here.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

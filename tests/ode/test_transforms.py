@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from neuralode.errors import UsageError
@@ -172,6 +173,32 @@ def test_what_does_not_work_inside_a_transform_is_refused(wrap: Any, how: dict[s
     net = mlp()
     with pytest.raises(UsageError, match=remedy):
         wrap(lambda y: final(y, "dopri5", net, **how).square().sum())(starts()[None].squeeze(0))
+
+
+def tangent(how: dict[str, Any], by: str, rate: torch.Tensor) -> torch.Tensor:
+    """The derivative along the start, or along `rate`, in forward mode outside torch.func; the net wants gradients."""
+    with forward_ad.dual_level():
+        y0 = starts()
+        if by == "start":
+            y0 = forward_ad.make_dual(y0, torch.ones_like(y0))
+        else:
+            rate = forward_ad.make_dual(rate, torch.ones_like(rate))
+        ys = solve(lambda t, y: rate * NET(t, y), y0, [0.0, 0.4, 1.0], **how).ys
+        return forward_ad.unpack_dual(ys).tangent
+
+
+@pytest.mark.parametrize("by", ["start", "rate"])
+@methods
+def test_forward_mode_outside_torch_func(method: str, by: str) -> None:
+    rate, y0 = torch.tensor(1.3, dtype=torch.float64), starts()
+
+    def moved(by_how_much: torch.Tensor) -> torch.Tensor:
+        start, factor = (y0 + by_how_much, rate) if by == "start" else (y0, rate + by_how_much)
+        how = {**HOW[method], "checkpoint": "never"}
+        return solve(lambda t, y: factor * NET(t, y), start, [0.0, 0.4, 1.0], **how).ys
+
+    wanted = torch.autograd.functional.jacobian(moved, torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(tangent(HOW[method], by, rate), wanted, rtol=1e-9, atol=1e-11)
 
 
 @methods
