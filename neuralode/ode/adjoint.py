@@ -17,7 +17,7 @@ from neuralode.ode.packing import Packing
 from neuralode.ode.parameters import Autocast, HeldField, InnerGradient, refuse_another_field
 from neuralode.ode.solution import SolveError, Stats
 from neuralode.ode.stepper import CountedField, Failure, Integration, Settings
-from neuralode.ode.tolerance import in_transform, largest_rms
+from neuralode.ode.tolerance import forward_mode, in_transform, largest_rms
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,18 @@ def solve_with_adjoint(
     Returns:
         The output states, a graph for which memory does not grow with the number of steps, unless `interpolated`.
     """
-    if in_transform():
-        raise UsageError("gradient='adjoint' does not work inside torch.func transforms; use gradient='exact'.")
+    refuse_transforms()
     y, ts = integration.y, integration.clock.ts
     return list(_Adjoint.apply(integration, evaluate, adjoint, stats, y, ts, *inputs))
+
+
+def refuse_transforms() -> None:
+    """Raises UsageError where derivatives are taken by what the adjoint equation does not serve."""
+    if in_transform() or forward_mode():
+        raise UsageError(
+            "gradient='adjoint' does not work inside torch.func transforms or with forward-mode differentiation; use "
+            "gradient='exact'."
+        )
 
 
 class _Adjoint(torch.autograd.Function):

@@ -14,7 +14,7 @@ from neuralode.ode.parameters import Autocast, HeldField, InnerGradient, refuse_
 from neuralode.ode.rows import Loop
 from neuralode.ode.solution import Stats
 from neuralode.ode.stepper import step_estimates
-from neuralode.ode.tolerance import in_transform
+from neuralode.ode.tolerance import forward_mode, in_transform
 
 
 class Checkpoints:
@@ -54,9 +54,10 @@ def solve_recomputing(
         The remaining output states, the final state, and, if the settings ask for them, the two sums of estimates.
     """
     ts = integration.clock.ts
-    if in_transform():
+    if in_transform() or forward_mode():
         raise UsageError(
-            "recomputing steps (checkpoint) does not work inside torch.func transforms; give checkpoint='never'."
+            "recomputing steps (checkpoint) does not work inside torch.func transforms or with forward-mode "
+            "differentiation; give checkpoint='never'."
         )
     return list(_Recomputed.apply(integration, evaluate, limit, stats, integration.y, ts, *inputs))
 

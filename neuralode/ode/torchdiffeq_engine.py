@@ -8,6 +8,7 @@ import torch
 import torchdiffeq
 
 from neuralode.errors import UsageError
+from neuralode.ode.adjoint import refuse_transforms
 from neuralode.ode.diagnosis import bad_samples, diagnosis
 from neuralode.ode.methods import supported_callbacks, takes_fixed_steps
 from neuralode.ode.observed_field import Field, ObservedField, TooManySteps, tensors
@@ -40,6 +41,7 @@ def run(field: Field, y0: State, t: torch.Tensor, args: tuple[Any, ...], config:
     }
     try:
         if config.gradient == "adjoint" and torch.is_grad_enabled():
+            refuse_transforms()
             observed.refuse_unknown_parameters(t[0], y0)
             kwargs.update(adjoint_rtol=config.adjoint_rtol, adjoint_atol=config.adjoint_atol)
             if config.adjoint_seminorm:

@@ -198,7 +198,24 @@ def test_forward_mode_outside_torch_func(method: str, by: str) -> None:
         return solve(lambda t, y: factor * NET(t, y), start, [0.0, 0.4, 1.0], **how).ys
 
     wanted = torch.autograd.functional.jacobian(moved, torch.zeros((), dtype=torch.float64))
-    torch.testing.assert_close(tangent(HOW[method], by, rate), wanted, rtol=1e-9, atol=1e-11)
+    for memory in ({}, {"memory_budget": 0}):
+        torch.testing.assert_close(tangent({**HOW[method], **memory}, by, rate), wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("by", ["start", "rate"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"checkpoint": "always"},
+        {"checkpoint": 3},
+        {"gradient": "adjoint"},
+        {"gradient": "adjoint", "method": "implicit_adams", "step_size": 0.1},
+    ],
+    ids=str,
+)
+def test_forward_mode_is_refused_where_tangents_would_be_lost(how: dict[str, Any], by: str) -> None:
+    with pytest.raises(UsageError, match=r"forward-mode.*(checkpoint='never'|gradient='exact')"):
+        tangent({**HOW["dopri5"], **how}, by, torch.tensor(1.3, dtype=torch.float64))
 
 
 @methods
