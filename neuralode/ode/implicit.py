@@ -258,7 +258,15 @@ def _linearise(
         return slope, torch.zeros_like
 
     def product(v: torch.Tensor) -> torch.Tensor:
-        (row,) = torch.autograd.grad(slope, at, v, retain_graph=True, allow_unused=True)
+        try:
+            (row,) = torch.autograd.grad(slope, at, v, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if in_transform() or "donated buffers" not in str(error):
+                raise
+            # the graph of compiled code may serve one product only: each has an evaluation of its own
+            with torch.enable_grad():
+                again = field(t, at)
+            (row,) = torch.autograd.grad(again, at, v, allow_unused=True)
         return torch.zeros_like(v) if row is None else row
 
     return slope, product

@@ -295,6 +295,21 @@ def test_gradients_of_a_compiled_field(graphs: Callable[[], int], checkpoint: An
     assert 1 <= graphs() <= 5
 
 
+def test_esdirk4_on_compiled_code_whose_graphs_serve_one_product_each(graphs: Callable[[], int]) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+    compiled = torch.compile(net, backend="aot_eager")
+    found = []
+    for inner in (net, compiled):
+        y0 = starts().requires_grad_()
+        inner(y0).sum().backward()  # what compiled code does first settles it: from now on it frees what it saved
+        ys = solve(lambda t, y, inner=inner: inner(y) * t.cos(), y0, [0.0, 0.4, 1.0], **HOW["esdirk4"]).ys
+        found.append([ys, *torch.autograd.grad(ys.square().sum(), [y0, *net.parameters()])])
+    with pytest.raises(RuntimeError, match="donated buffers"):
+        torch.autograd.grad(compiled(y0).sum(), y0, retain_graph=True)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("gradient", ["exact", "adjoint"])
 def test_a_compiled_model_gives_the_same_numbers_without_warnings(graphs: Callable[[], int], gradient: str) -> None:
     torch.manual_seed(0)
