@@ -14,7 +14,7 @@ from neuralode.ode.dense import DenseOutput
 from neuralode.ode.diagnosis import diagnosis
 from neuralode.ode.explicit import moment
 from neuralode.ode.packing import Packing
-from neuralode.ode.parameters import Autocast, HeldField, InnerGradient, refuse_another_field
+from neuralode.ode.parameters import UNREACHED, Autocast, HeldField, InnerGradient, refuse_another_field
 from neuralode.ode.solution import SolveError, Stats
 from neuralode.ode.stepper import CountedField, Failure, Integration, Settings
 from neuralode.ode.tolerance import forward_mode, in_transform, largest_rms
@@ -53,6 +53,12 @@ def solve_with_adjoint(
     """
     refuse_transforms()
     y, ts = integration.y, integration.clock.ts
+    if not (inputs or y.requires_grad or ts.requires_grad):
+        # the backward pass, which notices what comes in later, would have no graph to begin with
+        integration.run(pause=lambda: integration.y.requires_grad)
+        if any(state.requires_grad for state in (*integration.outputs, integration.y)):
+            raise UsageError(UNREACHED)
+        return integration.outputs
     return list(_Adjoint.apply(integration, evaluate, adjoint, stats, y, ts, *inputs))
 
 

@@ -22,6 +22,12 @@ from neuralode.ode.packing import Packing, alike, lasting, writes
 REMEDY = "give gradient='exact' with checkpoint='never' to the solve."
 """What helps where a field that is evaluated again would not give the gradient of the solve."""
 
+UNREACHED = (
+    "the field uses a parameter that is neither registered nor used at the start of the solve, so that recomputing "
+    "would leave it without a gradient; make the field an nn.Module that owns it, hand it over through args=(...), or "
+    f"{REMEDY}"
+)
+
 
 class HeldField:
     """A field over packed states, with the tensors that it had when the solve began: for the backward pass.
@@ -280,11 +286,7 @@ class InnerGradient:
         if self._stand_ins:
             self._stand_ins.refuse_originals(results)
         if leaves_of(results, [*sources, *self._known, *self.tensors], self._mark):
-            raise UsageError(
-                "the field uses a parameter that is neither registered nor used at the start of the solve, so that "
-                "recomputing would leave it without a gradient; make the field an nn.Module that owns it, hand it "
-                f"over through args=(...), or {REMEDY}"
-            )
+            raise UsageError(UNREACHED)
 
 
 class Autocast:

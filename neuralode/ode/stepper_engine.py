@@ -85,11 +85,16 @@ def _integrate(integration: Loop, field: Field, packing: Packing, config: Solver
         budget = MemoryBudget(config.memory_budget, field, integration)
         evaluations = integration.planned_steps * integration.settings.method.stages
         integration.run(pause=None if budget.suffices(evaluations) else budget.exhausted)
-    outputs, final = list(integration.outputs), integration.y
-    error, stiffness = integration.extras.error_sum, integration.extras.stiffness_sum
     if not integration.done:
         held = HeldField(field, integration.field.args, packing)
         inputs = _inputs(integration, held)
+        if not (inputs or integration.y.requires_grad or integration.clock.ts.requires_grad):
+            # nothing that wants a gradient so far: steps leave no graph until the field comes to use such a thing
+            integration.run(pause=lambda: integration.y.requires_grad)
+            inputs = [] if integration.done else _inputs(integration, held)
+    outputs, final = list(integration.outputs), integration.y
+    error, stiffness = integration.extras.error_sum, integration.extras.stiffness_sum
+    if not integration.done:
         integration.extras.error_sum = integration.extras.stiffness_sum = None
         limit = None if isinstance(policy, str) else policy
         more = solve_recomputing(integration, held, inputs, limit, stats)

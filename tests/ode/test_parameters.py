@@ -36,6 +36,32 @@ def test_a_parameter_that_a_module_does_not_register_and_uses_only_later_is_refu
         final.sum().backward()
 
 
+def by_a_late_parameter(how: dict[str, Any]) -> torch.Tensor:
+    """The gradient to what a field without a module uses in the second half only, where y0 wants none."""
+    late, y0 = leaf(-0.9), torch.tensor([[1.0, -0.5]], dtype=torch.float64)
+    final = solve(lambda t, y: late * y if t > 0.5 else -y, y0, [0.0, 1.0], engine="stepper", **how).final
+    (found,) = torch.autograd.grad((final * leaf(2.0)).sum(), late, allow_unused=True)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("kind", [{}, {"method": "rk4", "step_size": 0.1}, {"per_sample": True}], ids=str)
+@pytest.mark.parametrize("checkpoint", ["always", 2])
+def test_a_parameter_that_comes_in_late_is_found_where_nothing_else_wants_a_gradient(
+    checkpoint: Any, kind: dict[str, Any]
+) -> None:
+    found, wanted = (by_a_late_parameter({**kind, "checkpoint": policy}) for policy in (checkpoint, "never"))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", [{}, {"method": "rk4", "step_size": 0.1}], ids=str)
+def test_the_adjoint_refuses_a_parameter_that_comes_in_late_where_nothing_else_wants_a_gradient(
+    kind: dict[str, Any],
+) -> None:
+    with pytest.raises(UsageError, match="without a gradient"):
+        by_a_late_parameter({**kind, "gradient": "adjoint"})
+
+
 @pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
 def test_a_field_may_give_a_parameter_itself(how: dict[str, Any]) -> None:
     y0, speed = leaf(1.0, -0.5), leaf(0.3, 0.7)
