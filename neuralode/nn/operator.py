@@ -22,6 +22,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from neuralode.errors import UsageError
 from neuralode.kernels.watch import Watch
+from neuralode.nn.others import Others, others_of
 from neuralode.ode.parameters import leaves_of, new_mark
 
 _REMEDY = "keep the block out with torch.compiler.disable(block)."
@@ -33,7 +34,12 @@ _blocks: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictiona
 _numbers = itertools.count()
 _EXPORTED = secrets.randbits(60) << 2
 """Added to the numbers in exported programs, which other processes may load, where blocks have the same numbers."""
-_looked_at: set[int] = set()
+_with_constants: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Blocks whose fields reach tensors that are not the block's own and want no gradient, as yet."""
+_to_look_at: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+"""Blocks whose fields hold what a Watch cannot look at, and whether gradients were wanted when they were compiled."""
+_lossy: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Blocks whose gradient showed parameters that are not the block's own."""
 _said: set[tuple[int, str]] = set()
 _FAR = 10.0
 """Tolerances by which the states of the backward pass may differ from those of the forward pass."""
@@ -58,23 +64,57 @@ def obstacle(number: int, training: bool) -> str:
     mode, is the same.
     """
     block = _blocks[number]
-    reason = ""
-    for module in block.modules():
-        if module.training and (what := _changes(module)):
-            reason = f"its field has a {type(module).__name__} in training mode, which {what} at every call"
-        elif name := _loose(module):
-            reason = f"its field holds the tensor {name!r}, which is no parameter and no buffer"
-    if not reason and _changed_while_tracing(block):
-        return "what its field holds is changed before the call"  # which is over when the block is compiled by itself
-    if reason and torch.compiler.is_exporting():
-        raise UsageError(f"torch.export cannot take an ODEBlock, for {reason}.")
-    if reason and (number, reason) not in _said:
+    lasting = _unfit(block)
+    changed = "" if lasting or not _changed_while_tracing(block) else "what its field holds is changed before the call"
+    reason = lasting or changed  # which is over when the block is compiled by itself
+    if reason and (whole := _wanted_whole()):
+        raise UsageError(f"{whole} cannot take an ODEBlock, for {reason}.")
+    if lasting and (number, reason) not in _said:
         _said.add((number, reason))
         warnings.warn(f"torch.compile leaves an ODEBlock out, for {reason}", stacklevel=2)
     return reason
 
 
 obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler's own way takes a second to import
+
+
+def _unfit(block: nn.Module) -> str:
+    """Why no solve of a block can be one operator; empty if one can."""
+    for module in block.modules():
+        if module.training and (what := _changes(module)):
+            return f"its field has a {type(module).__name__} in training mode, which {what} at every call"
+        if name := _loose(module):
+            return f"its field holds the tensor {name!r}, which is no parameter and no buffer"
+    others = _others(block)
+    if others.learned or block in _lossy:
+        return (
+            f"its field reaches {others.learned or 'a parameter'}, which is not the block's own, as it would be if the "
+            "field were a module that holds it"
+        )
+    if others.constant:
+        _with_constants.add(block)
+    if others.hidden:
+        _to_look_at[block] = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    return ""
+
+
+def _others(block: nn.Module) -> Others:
+    return others_of(block, cast(Any, block).field)
+
+
+def _wanted_whole() -> str:
+    """What is at work now that takes nothing but whole models; empty if nothing."""
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    translator = _translator()
+    return "torch.compile(fullgraph=True)" if translator is not None and translator.one_graph else ""
+
+
+def _translator() -> Any:
+    """What traces now; None for torch.export, which can do without."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator, tls
+
+    return None if getattr(tls, "current_tx", None) is None else InstructionTranslator.current_tx()
 
 
 def _changes(module: nn.Module) -> str:
@@ -97,11 +137,9 @@ def _changed_while_tracing(block: nn.Module) -> bool:
 
     Buffers do not count: the operator is given them as they then are.
     """
-    from torch._dynamo.symbolic_convert import InstructionTranslator, tls
-
-    if getattr(tls, "current_tx", None) is None:  # torch.export traces without it
+    if (translator := _translator()) is None:
         return False
-    effects = InstructionTranslator.current_tx().output.side_effects
+    effects = translator.output.side_effects
     buffers = {id(module): module._buffers for module in block.modules()}
     dicts = set(map(id, buffers.values()))
     for key in Watch(block).seen & effects.id_to_variable.keys() - dicts:
@@ -115,23 +153,35 @@ def _changed_while_tracing(block: nn.Module) -> bool:
 @torch.library.custom_op("neuralode::solve", mutates_args=())
 def solve(y0: torch.Tensor, t: torch.Tensor, held: Sequence[torch.Tensor], block: int) -> torch.Tensor:
     """The states of a block's solve, [T, *shape of y0], for times t, [T]; `held` are its parameters and buffers."""
-    if block not in _looked_at and not torch.is_inference_mode_enabled():  # where there are no gradients to lose
-        _looked_at.add(block)
-        _warn_of_others(block, y0, t, held)
+    if _block(block) in _with_constants and (name := _others(_block(block)).learned):
+        raise UsageError(f"the field reaches {name}, which wants a gradient by now and is not the block's, {_UNSEEN}")
+    if _block(block) in _to_look_at and not torch.is_inference_mode_enabled():  # where there are no gradients to lose
+        _look_at_gradient(block, y0, t, held)
     with _autograd(), torch.no_grad():
         return _states(block, y0, t, held).contiguous()
 
 
-def _warn_of_others(number: int, y0: torch.Tensor, t: torch.Tensor, held: Sequence[torch.Tensor]) -> None:
-    """Warns if the field depends on parameters that the operator does not have, whose gradients would be lost."""
-    parameters = len(list(_block(number).parameters()))
+def _look_at_gradient(number: int, y0: torch.Tensor, t: torch.Tensor, held: Sequence[torch.Tensor]) -> None:
+    """Looks whether the field depends on parameters that the operator does not have, whose gradients would be lost.
+
+    Raises:
+        UsageError: if it does and gradients are wanted; if not, it warns.
+    """
+    block: Any = _block(number)
+    parameters, watch = len(list(block.parameters())), Watch(block.field)
     own = _own(number, held, [i < parameters and x.is_floating_point() for i, x in enumerate(held)])
     with _autograd(), torch.enable_grad():
         mark = new_mark()
         ys = _states(number, y0.detach(), t.detach(), own)
         others = leaves_of([ys], own, mark)
+    watch.restore()  # it is no call more to those who count
     if others:
-        warnings.warn(f"the field uses a parameter that is not the block's own, {_UNSEEN}", stacklevel=2)
+        _lossy.add(block)
+        sentence = f"the field uses a parameter that is not the block's own, {_UNSEEN}"
+        if _to_look_at[block]:
+            raise UsageError(sentence)
+        warnings.warn(sentence, stacklevel=2)
+    del _to_look_at[block]
 
 
 @solve.register_fake
