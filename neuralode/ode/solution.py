@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -102,3 +102,9 @@ class SolveError(AssertionError):
         super().__init__(message)
         self.status = status
         self.stats = stats
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process, which no graph can follow."""
+        held = vars(self.stats).items()
+        tensors: dict[str, Any] = {name: x.detach() for name, x in held if isinstance(x, torch.Tensor)}
+        return type(self), (*self.args, self.status, replace(self.stats, **tensors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from typing import Any
 
@@ -39,6 +40,16 @@ def failure(*args: Any, **kwargs: Any) -> SolveError:
 
 def time_of(error: SolveError) -> float:
     return float(re.findall(r"at t = ([-\d.e]+):", str(error))[0])
+
+
+def test_a_failure_goes_to_another_process() -> None:
+    error = failure(explosion, torch.ones(3, 2), [0.0, 2.0])
+    error.stats.error_estimate = 2 * torch.ones(3, requires_grad=True)  # in a graph, which cannot go along
+    found = pickle.loads(pickle.dumps(error))
+    assert type(found) is SolveError
+    assert (str(found), found.status) == (str(error), error.status)
+    assert found.stats.nfe == error.stats.nfe
+    torch.testing.assert_close(found.stats.error_estimate, error.stats.error_estimate.detach())
 
 
 def test_programs_that_catch_assertions_catch_it() -> None:
