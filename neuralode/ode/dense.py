@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -61,20 +63,21 @@ class DenseOutput:
         """The state at t.
 
         Args:
-            t: a number or a scalar tensor, or times of shape [T].
+            t: a number or a scalar tensor, or times of shape [T] or in a list.
 
         Returns:
             The state [*shape], or [T, *shape] for times [T].
 
         Raises:
-            UsageError: for a time outside the solve.
+            UsageError: for a time outside the solve, or times of another shape.
         """
-        if isinstance(t, torch.Tensor) and t.dim() == 1:
-            return self.packing.unpack(torch.stack([self._at(time) for time in t.unbind()]))
+        times = t.unbind() if isinstance(t, torch.Tensor) and t.dim() == 1 else t
+        if isinstance(times, list | tuple) and times:
+            return self.packing.unpack(torch.stack([self._at(time) for time in times]))
         return self.packing.unpack(self._at(t))
 
     def _at(self, t: Any) -> torch.Tensor:
-        value = host_values(t) if isinstance(t, torch.Tensor) else float(t)
+        value = _number(t)
         first, end = self.steps[0].t, self.end
         slack = 1e-6 * abs(end - first)
         if not -slack <= (value - first) * self.direction <= abs(end - first) + slack:
@@ -112,10 +115,9 @@ class RowDenseOutput:
             The state [*shape].
 
         Raises:
-            UsageError: for a time that lies outside a row's solve.
+            UsageError: for a time that lies outside a row's solve, or times of another shape.
         """
-        like = self.steps[0].t
-        times = torch.as_tensor(t, dtype=like.dtype, device=like.device).expand(self.rows.count)
+        times = self._times(t)
         found = torch.zeros(self.rows.count, dtype=torch.bool, device=times.device)
         state: torch.Tensor | None = None
         for piece in self.steps:
@@ -136,3 +138,26 @@ class RowDenseOutput:
             row = int((~found).nonzero()[0])
             raise UsageError(f"t = {float(times[row]):g} lies outside the solve of sample {row}.")
         return self.packing.unpack(state)
+
+    def _times(self, t: Any) -> torch.Tensor:
+        """A time for each row, [R]."""
+        like, count = self.steps[0].t, self.rows.count
+        with contextlib.suppress(TypeError, ValueError):
+            times = torch.as_tensor(t, dtype=like.dtype, device=like.device)
+            if times.shape in ((), (1,), (count,)):
+                return times.expand(count)
+        raise UsageError(
+            f"t {_described(t)}; the samples have steps of their own: give one number for all, or a time for each of "
+            f"them, of shape [{count}]."
+        )
+
+
+def _number(t: Any) -> float:
+    if not isinstance(t, torch.Tensor) or t.dim() == 0:
+        with contextlib.suppress(TypeError, ValueError):
+            return float(host_values(t) if isinstance(t, torch.Tensor) else t)
+    raise UsageError(f"t {_described(t)}; give a number, a scalar tensor, or times of shape [T].")
+
+
+def _described(t: Any) -> str:
+    return f"has shape {tuple(t.shape)}" if hasattr(t, "shape") else f"is {reprlib.repr(t)}"

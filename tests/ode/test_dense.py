@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 
 import pytest
@@ -80,6 +81,25 @@ def test_times_may_be_numbers_scalars_or_a_row() -> None:
     torch.testing.assert_close(row[1], number, **ROUNDING)
     torch.testing.assert_close(row[0], at(2.5), **ROUNDING)
     torch.testing.assert_close(row[2], row[1])
+    torch.testing.assert_close(at([2.5, 1.25, 1.25]), row, **ROUNDING)
+
+
+@pytest.mark.parametrize("t", [torch.rand(2, 3), torch.tensor([]), [], [[0.1, 0.2]], None, "a"], ids=repr)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_times_of_other_shapes_are_refused_in_a_sentence(t: Any, per_sample: bool) -> None:
+    at = solve(lambda t, y: -y, torch.ones(3, 2), [0.0, 1.0], dense=True, per_sample=per_sample).dense
+    assert at is not None
+    shape = re.escape(str(tuple(t.shape))) if isinstance(t, torch.Tensor) else "t is"
+    with pytest.raises(UsageError, match=rf"{shape}.*; .*of shape \[{3 if per_sample else 'T'}\]\.$"):
+        at(t)
+
+
+def test_samples_with_times_of_their_own_take_one_each() -> None:
+    at = solve(lambda t, y: -y, torch.ones(3, 2), torch.tensor([[0.0, 1.0]] * 3), dense=True).dense
+    assert at is not None
+    assert at([0.1, 0.2, 0.3]).shape == (3, 2)
+    with pytest.raises(UsageError, match=r"\(3, 2\).*a time for each of them, of shape \[3\]"):
+        at(torch.rand(3, 2))
 
 
 def test_it_says_over_what_it_is_known() -> None:
