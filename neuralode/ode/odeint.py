@@ -105,8 +105,10 @@ def odeint_event(func: Any, y0: Any, t0: torch.Tensor, *, event_fn: Any, **kwarg
     Returns:
         The event time, a scalar, and the states [2, *shape] at t0 and at the event.
     """
-    if kwargs.get("method") is not None:
-        check_method(kwargs["method"])
+    if (method := kwargs.get("method")) is not None:
+        check_method(method)
+    if "odeint_interface" not in kwargs:
+        _check_for_torchdiffeq(method, y0, kwargs.get("rtol"), kwargs.get("atol"))
     return torchdiffeq.odeint_event(func, y0, t0, event_fn=event_fn, **kwargs)
 
 

@@ -243,6 +243,12 @@ def test_unknown_method_of_an_event_has_the_nearest_one() -> None:
         odeint_event(fall, torch.tensor([4.0, 0.0]), torch.tensor(0.0), event_fn=ground, method="dopr5")
 
 
+@pytest.mark.parametrize("interface", [{}, {"odeint_interface": odeint}], ids=["alone", "with odeint"])
+def test_a_method_of_ours_for_an_event_is_refused_in_the_same_words(interface: Any) -> None:
+    with pytest.raises(UsageError, match="'tsit5' is not torchdiffeq's"):
+        odeint_event(fall, Y0[0], torch.tensor(0.0), event_fn=ground, method="tsit5", **interface)
+
+
 def test_assertions_stay_assertions() -> None:
     with pytest.raises(AssertionError, match="strictly increasing"):
         odeint(field(), Y0, torch.tensor([0.0, 2.0, 1.0]))
