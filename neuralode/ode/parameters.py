@@ -24,8 +24,8 @@ REMEDY = "give gradient='exact' with checkpoint='never' to the solve."
 
 UNREACHED = (
     "the field uses a parameter that is neither registered nor used at the start of the solve, so that recomputing "
-    "would leave it without a gradient; make the field an nn.Module that owns it, hand it over through args=(...), or "
-    f"{REMEDY}"
+    "would leave it without a gradient; make the field an nn.Module that owns it, hand it over through args=(...), as an "
+    f"argument of its own, or {REMEDY}"
 )
 
 
@@ -239,7 +239,8 @@ def leaves_of(results: Sequence[torch.Tensor], known: Sequence[torch.Tensor], ma
         elif node._sequence_nr() < mark:
             raise FieldError(
                 "the field uses a tensor that was computed outside it from others that require a gradient, and "
-                f"recomputing the field could not reach those; hand the tensor over through args=(...), or {REMEDY}"
+                "recomputing the field could not reach those; hand the tensor over through args=(...), as an argument "
+                f"of its own and not inside a list or a dict, or {REMEDY}"
             )
     return leaves
 

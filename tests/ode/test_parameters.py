@@ -62,6 +62,13 @@ def test_the_adjoint_refuses_a_parameter_that_comes_in_late_where_nothing_else_w
         by_a_late_parameter({**kind, "gradient": "adjoint"})
 
 
+@pytest.mark.parametrize("how", AGAIN.values(), ids=AGAIN)
+def test_a_tensor_inside_a_dict_of_the_arguments_is_refused_for_that(how: dict[str, Any]) -> None:
+    rate = 2 * leaf(0.4)
+    with pytest.raises(UsageError, match=r"args=\(...\), as an argument of its own and not inside a list or a dict"):
+        solve(lambda t, y, all: -all["rate"] * y, start(), [0.0, 1.0], args=({"rate": rate},), engine="stepper", **how)
+
+
 @pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
 def test_a_field_may_give_a_parameter_itself(how: dict[str, Any]) -> None:
     y0, speed = leaf(1.0, -0.5), leaf(0.3, 0.7)
