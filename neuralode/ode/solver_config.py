@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from neuralode.errors import UsageError, unknown
 from neuralode.ode.controllers import Controller, controller
-from neuralode.ode.methods import check_method, takes_fixed_steps
+from neuralode.ode.methods import check_method, options_of, takes_fixed_steps
 
 ENGINES = ("auto", "fused", "stepper", "torchdiffeq")
 GRADIENTS = ("exact", "adjoint")
@@ -66,6 +67,8 @@ class SolverConfig:
         check_method(self.method)
         check_engine(self.engine)
         check_gradient(self.gradient)
+        if self.options:
+            check_options(self.options, self.method)
         self.controller_object()
         if not _is_checkpoint(self.checkpoint):
             raise UsageError(
@@ -107,6 +110,14 @@ def _is_checkpoint(value: Any) -> bool:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def check_options(options: Iterable[str], method: str) -> None:
+    """Raises UsageError for an option that the method does not take, naming the nearest one that it does."""
+    known = options_of(method)
+    for option in options:
+        if option not in known:
+            raise UsageError(unknown(f"option for {method!r}:", option, known))
 
 
 def check_engine(name: str) -> None:

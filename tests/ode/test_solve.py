@@ -86,6 +86,12 @@ def test_options_reach_the_method() -> None:
     assert steps[0] == 0.125
 
 
+@pytest.mark.parametrize("times", [["a", 1], [[0.0, 1.0], [0.0]], None, "now"], ids=repr)
+def test_times_that_are_no_numbers_are_refused(times: Any) -> None:
+    with pytest.raises(UsageError, match=rf"t is {re.escape(repr(times))}; give the times as numbers"):
+        solve(decay, Y0, times)
+
+
 @pytest.mark.parametrize("times", [[0.0], [], 1.0])
 def test_fewer_than_two_times_are_refused(times: Any) -> None:
     with pytest.raises(UsageError, match="at least two times"):

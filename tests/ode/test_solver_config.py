@@ -26,6 +26,8 @@ def test_values_that_are_not_positive_numbers(key: str, value: float) -> None:
         ({"method": "rk5"}, ["unknown method 'rk5'", "'rk4'"]),
         ({"gradient": "exakt"}, ["did you mean 'exact'"]),
         ({"engine": "jax"}, ["unknown engine 'jax'", "torchdiffeq"]),
+        ({"options": {"first_stp": 0.1}}, ["unknown option for 'dopri5': 'first_stp'", "did you mean 'first_step'"]),
+        ({"method": "tsit5", "options": {"jump_t": [0.5]}}, ["unknown option for 'tsit5': 'jump_t'", "steps_per_sync"]),
         ({"max_steps": 0}, ["solver.max_steps is 0", "at least 1"]),
         ({"max_steps": 1.5}, ["solver.max_steps is 1.5", "whole number"]),
         ({"memory_budget": None}, ["solver.memory_budget is None", "whole number"]),
