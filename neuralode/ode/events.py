@@ -174,7 +174,8 @@ class EventWatch:
         for value in values:
             shape = () if self.whole else (self.count,)
             if not isinstance(value, torch.Tensor) or value.shape != shape or value.is_complex():
-                given = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else type(value)
+                tensor = isinstance(value, torch.Tensor)
+                given = f"{(tuple(value.shape), value.dtype)}" if tensor else f"a {type(value).__name__}"
                 samples = tuple(self.loop.y.shape[:1])
                 raise UsageError(
                     f"an event returned {given}; it has to return one real number a sample, {samples}, or, if the "

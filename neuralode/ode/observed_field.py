@@ -122,7 +122,8 @@ class ObservedField:
             )
 
     def _check_shape(self, dy: Any) -> None:
-        given = [tuple(part.shape) for part in tensors(dy)] if isinstance(dy, torch.Tensor | tuple) else type(dy)
+        regular = isinstance(dy, torch.Tensor | tuple) and all(isinstance(part, torch.Tensor) for part in tensors(dy))
+        given = [tuple(part.shape) for part in tensors(dy)] if regular else type(dy).__name__
         wanted = [tuple(shape) for shape in self.shapes]
         if given != wanted:
             raise UsageError(

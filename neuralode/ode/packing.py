@@ -58,7 +58,7 @@ class Packing:
         """Raises UsageError if dy is not of the shape of the state."""
         parts: Sequence[Any] | None = dy if isinstance(dy, tuple | list) else (dy,)
         if isinstance(dy, tuple | list) != self.tuple or not all(isinstance(p, torch.Tensor) for p in parts or ()):
-            raise FieldError(f"the field returned a {type(dy)} for a state of {_shapes(self.shapes)}; {_RULE}")
+            raise FieldError(f"the field returned a {type(dy).__name__} for a state of {_shapes(self.shapes)}; {_RULE}")
         given = [part.shape for part in parts or ()]
         if given != self.shapes:
             raise FieldError(f"the field returned {_shapes(given)} for a state of {_shapes(self.shapes)}; {_RULE}")

@@ -144,14 +144,16 @@ def test_field_of_wrong_shape_is_refused_with_both_shapes(field: Any, y0: Any, w
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "gradient",
-    ["exact", "adjoint"],
-)
-@pytest.mark.parametrize("returned", [None, [1.0, 1.0]], ids=["NoneType", "list"])
-def test_field_that_returns_no_tensor_is_refused(returned: Any, gradient: str) -> None:
-    with pytest.raises(UsageError, match=rf"{type(returned).__name__}.*\(2,\)"):
-        solve(lambda t, y: returned, Y0, [0.0, 1.0], gradient=gradient)
+@pytest.mark.parametrize("how", [{}, {"gradient": "adjoint"}, {"engine": "torchdiffeq"}], ids=str)
+@pytest.mark.parametrize("returned", [None, [1.0, 1.0], 1.0, (None,)], ids=lambda returned: type(returned).__name__)
+def test_field_that_returns_no_tensor_is_refused(returned: Any, how: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=rf"returned a {type(returned).__name__} for a state of shape \(2,\)"):
+        solve(lambda t, y: returned, Y0, [0.0, 1.0], **how)
+
+
+def test_event_that_returns_no_tensor_is_refused() -> None:
+    with pytest.raises(UsageError, match="an event returned a float; it has to return"):
+        solve(decay, Y0, [0.0, 1.0], events=lambda t, y: 1.0)
 
 
 @pytest.mark.parametrize("y0", [[Y0, Y0], [1.0, 2.0], 1.0, (), (Y0, 1.0), decay], ids=lambda y0: type(y0).__name__)
