@@ -12,6 +12,7 @@ import torch
 
 from neuralode.errors import UsageError
 from neuralode.ode.clock import Rows, carrying, host_values
+from neuralode.ode.eager import eager
 from neuralode.ode.interpolants import Interpolant
 from neuralode.ode.packing import Packing
 from neuralode.ode.solution import State
@@ -59,6 +60,7 @@ class DenseOutput:
         first, last = self.steps[0], self.steps[-1]
         return f"{type(self).__name__}(t from {first.t:g} to {last.t + last.h:g}, {len(self.steps)} steps)"
 
+    @eager
     def __call__(self, t: Any) -> State:
         """The state at t.
 
@@ -105,6 +107,7 @@ class RowDenseOutput:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rows.count} samples, up to {len(self.steps)} steps)"
 
+    @eager
     def __call__(self, t: Any) -> State:
         """The state at t.
 

@@ -17,6 +17,8 @@ from torch._C._dynamo.eval_frame import (
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+_WHY = "the data decide how many steps a solve takes; under fullgraph=True solve with an ODEBlock, which is taken whole"
+
 
 def eager(function: Function) -> Function:
     """Makes `torch.compile` leave a function alone; fields that are compiled themselves stay so inside it.
@@ -35,6 +37,7 @@ def eager(function: Function) -> Function:
         return disabled[0](*args, **kwargs)
 
     run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    run._torchdynamo_disable_msg = _WHY  # type: ignore[attr-defined]
     code = cast(types.FunctionType, run).__code__
     set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
     return cast(Function, run)

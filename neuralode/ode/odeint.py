@@ -32,6 +32,7 @@ _UNLIMITED = 2**31 - 1
 _CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
+@eager
 def odeint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, atol: Any = 1e-9, method: str | None = None,
            options: dict[str, Any] | None = None, event_fn: Any = None) -> Any:  # fmt: skip
     """Solves dy/dt = func(t, y), y(t[0]) = y0; same arguments and result as `torchdiffeq.odeint`.
@@ -64,6 +65,7 @@ def odeint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, atol: Any =
     return torchdiffeq.odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn)
 
 
+@eager
 def odeint_adjoint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, atol: Any = 1e-9,
                    method: str | None = None, options: dict[str, Any] | None = None, event_fn: Any = None,
                    adjoint_rtol: Any = None, adjoint_atol: Any = None, adjoint_method: str | None = None,
@@ -99,6 +101,7 @@ def odeint_adjoint(func: Any, y0: Any, t: torch.Tensor, *, rtol: Any = 1e-7, ato
     )  # fmt: skip
 
 
+@eager
 def odeint_event(func: Any, y0: Any, t0: torch.Tensor, *, event_fn: Any, **kwargs: Any) -> Any:
     """Solves until `event_fn` crosses zero, with gradients through the event time, as `torchdiffeq.odeint_event`.
 
@@ -112,6 +115,7 @@ def odeint_event(func: Any, y0: Any, t0: torch.Tensor, *, event_fn: Any, **kwarg
     return torchdiffeq.odeint_event(func, y0, t0, event_fn=event_fn, **kwargs)
 
 
+@eager
 def odeint_dense(func: Any, y0: Any, t0: Any, t1: Any, *, rtol: float = 1e-7, atol: float = 1e-9,
                  method: str | None = None, options: dict[str, Any] | None = None) -> Callable[[Any], Any]:  # fmt: skip
     """The solution between t0 and t1 as a function of time, as `torchdiffeq.odeint_dense`, for any method of ours.
@@ -133,7 +137,6 @@ def odeint_dense(func: Any, y0: Any, t0: Any, t1: Any, *, rtol: float = 1e-7, at
     return dense
 
 
-@eager
 def _states(func: Any, y0: Any, t: torch.Tensor, config: SolverConfig) -> Any:
     """As torchdiffeq, which returns what it has where a fixed-step method runs away."""
     stats = Stats("stepper", config.method, config.gradient)
@@ -156,7 +159,7 @@ def _known(method: str | None, options: dict[str, Any] | None) -> dict[str, Any]
         return options
     known = options_of(name)
     sentences = [unknown("option", option, known) for option in options if option not in known]
-    warnings.warn(f"method {name!r} goes on without what it does not know: {' '.join(sentences)}", stacklevel=3)
+    warnings.warn(f"method {name!r} goes on without what it does not know: {' '.join(sentences)}", stacklevel=4)
     return {option: value for option, value in options.items() if option in known}
 
 

@@ -24,8 +24,8 @@ REMEDY = "give gradient='exact' with checkpoint='never' to the solve."
 
 UNREACHED = (
     "the field uses a parameter that is neither registered nor used at the start of the solve, so that recomputing "
-    "would leave it without a gradient; make the field an nn.Module that owns it, hand it over through args=(...), as an "
-    f"argument of its own, or {REMEDY}"
+    "would leave it without a gradient; make the field an nn.Module that owns it, hand it over through args=(...), "
+    f"as an argument of its own, or {REMEDY}"
 )
 
 

@@ -26,6 +26,7 @@ from neuralode.ode.solution import Events, Solution, SolveError, State, Stats, S
 from neuralode.ode.solver_config import DEFAULT_MAX_STEPS, DEFAULT_MEMORY_BUDGET, SolverConfig
 
 
+@eager
 def solve(
     field: Field,
     y0: State,

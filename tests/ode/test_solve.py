@@ -193,12 +193,6 @@ def test_a_type_error_of_the_field_itself_stays_what_it_is() -> None:
         assert type(caught.value) is TypeError
 
 
-@pytest.mark.parametrize("times", [["0", "1"], "01", None])
-def test_times_that_are_no_numbers_are_refused(times: Any) -> None:
-    with pytest.raises(UsageError, match="give the times as numbers"):
-        solve(decay, torch.ones(2), times)
-
-
 def test_a_lone_argument_is_refused() -> None:
     """Its entries would become the arguments."""
     with pytest.raises(UsageError, match=r"args is a Tensor; .*args=\(a,\)"):
