@@ -77,8 +77,7 @@ class RKC2:
     name = "rkc2"
     order = 2
     error_order = 3
-    adaptive = True
-    interpolates = True
+    adaptive = interpolates = shrinks = True
     by_sample = differentiates = False
     stages = 2
     options = frozenset({"spectral_radius"})
@@ -101,18 +100,28 @@ class RKC2:
         return RKC2(options.get("spectral_radius"))
 
     @torch.no_grad()
-    def plan(self, field: Evaluate, t: float, y: torch.Tensor, h: float, f0: torch.Tensor) -> tuple[float, int]:
-        """The number of stages that make h stable, or a smaller h if they would be too many."""
+    def plan(self, field: Evaluate, t: float, y: torch.Tensor, h: float, f0: torch.Tensor,
+             cut: bool = False) -> tuple[float, int]:  # fmt: skip
+        """The size and number of stages, of those that are stable up to h, with the fewest stages a unit of time.
+
+        These are the least number that makes h stable, or one stage less with the longest step that it makes stable.
+        A step that is cut to end at a given time stays whole, for the rest would take another.
+        """
         rejected = t == self._planned_at
         if rejected or self._age >= _STEPS_BETWEEN_ESTIMATES:
             self._radius, self._age = self._estimate(field, t, y.detach(), f0.detach(), rejected), 0
         self._planned_at = t
         self._age += 1
-        stages = 1 + math.floor(math.sqrt(1 + 1.54 * abs(h) * self._radius))
+        radius = self._radius
+        stages = 1 + math.floor(math.sqrt(1 + 1.54 * abs(h) * radius))
         most = most_stages(y.dtype)
-        if stages <= most:
-            return h, stages
-        return math.copysign((most**2 - 1) / (1.54 * self._radius), h), most
+        if stages > most:
+            return math.copysign(longest_step(most, radius), h), most
+        if stages > 2 and not cut:
+            shorter = longest_step(stages - 1, radius)
+            if (stages - 1) * abs(h) < stages * shorter:
+                return math.copysign(shorter, h), stages - 1
+        return h, stages
 
     def step(self, field: Evaluate, t: Any, h: Any, y: torch.Tensor, f0: torch.Tensor, plan: int,
              complete: bool = True) -> Step:  # fmt: skip
@@ -149,6 +158,11 @@ class RKC2:
             radius = float(self._given(t, y)) if callable(self._given) else float(self._given)
         # a state at which f is not finite fails by its step, which can say more
         return max(radius, 0.0) if math.isfinite(radius) else 0.0
+
+
+def longest_step(stages: int, radius: float) -> float:
+    """The longest step that so many stages make stable, for this spectral radius."""
+    return (stages**2 - 1) / (1.54 * radius)
 
 
 def most_stages(dtype: torch.dtype) -> int:

@@ -77,6 +77,8 @@ class StepSize:
     last: float = 1.0
     before: float = 1.0
     rejected: bool = False
+    shrinks: bool = False
+    """Whether a step that stood, but barely, is followed by a shorter one under the I controller too."""
 
     def accepts(self, ratio: float) -> bool:
         """Takes in the error ratio of a step of the present size; true if the step stands.
@@ -88,7 +90,8 @@ class StepSize:
         ratio = max(ratio, _SMALLEST) if ratio < float("inf") else float("inf")
         factor = control.factor(ratio, self.last, self.before, self.order) if ratio < float("inf") else 0.0
         ceiling = 1.0 if self.rejected or not accepted else control.max_factor
-        floor = 1.0 if accepted and not (control.proportional or control.derivative) else control.min_factor
+        keeps = accepted and not (self.shrinks or control.proportional or control.derivative)
+        floor = 1.0 if keeps else control.min_factor
         self.size *= min(ceiling, max(floor, factor))
         self.rejected = not accepted
         if accepted:

@@ -50,12 +50,19 @@ class Method(Protocol):
     """Whether its steps differentiate the field, also where nobody asks for a gradient."""
     interpolates: bool
     """Whether its dense output is accurate enough to read output times from; else a step ends at each of them."""
+    shrinks: bool
+    """Whether a step that barely stood is followed by a shorter one: right where a rejection costs many evaluations."""
 
     def fresh(self, options: dict[str, Any]) -> Method:
         """The method for one solve, with its options and a state of its own if it keeps one."""
 
-    def plan(self, field: Evaluate, t: float, y: torch.Tensor, h: float, f0: torch.Tensor) -> tuple[float, Any]:
-        """Fixes, outside the graph, what the step needs besides h: the size it can take, and anything else."""
+    def plan(self, field: Evaluate, t: float, y: torch.Tensor, h: float, f0: torch.Tensor,
+             cut: bool = False) -> tuple[float, Any]:  # fmt: skip
+        """Fixes, outside the graph, what the step needs besides h: the size it can take, and anything else.
+
+        Args:
+            cut: whether h is all that is left to a time at which a step has to end.
+        """
 
     def step(self, field: Evaluate, t: Any, h: Any, y: torch.Tensor, f0: torch.Tensor, plan: Any,
              complete: bool = True) -> Step:  # fmt: skip
@@ -100,7 +107,7 @@ def moments(t: Any, h: Any, c: tuple[float, ...], like: torch.Tensor) -> tuple[t
 class RungeKutta:
     """The explicit Runge-Kutta method of a tableau."""
 
-    differentiates = False
+    differentiates = shrinks = False
 
     def __init__(self, tableau: Tableau, linear: bool = False):
         self.tableau, self.linear = tableau, linear
@@ -123,7 +130,8 @@ class RungeKutta:
             raise UsageError(unknown("interp", between, ("cubic", "linear")))
         return RungeKutta(self.tableau, linear=True) if between == "linear" else self
 
-    def plan(self, field: Evaluate, t: float, y: torch.Tensor, h: float, f0: torch.Tensor) -> tuple[float, Any]:
+    def plan(self, field: Evaluate, t: float, y: torch.Tensor, h: float, f0: torch.Tensor,
+             cut: bool = False) -> tuple[float, Any]:  # fmt: skip
         """Nothing to fix: an explicit step needs its size alone."""
         return h, None
 

@@ -60,6 +60,7 @@ class ESDIRK4:
     name = "esdirk4"
     order = error_order = 4
     adaptive = interpolates = by_sample = differentiates = True
+    shrinks = False
     stages = 6
     options = frozenset[str]()
 
@@ -67,7 +68,8 @@ class ESDIRK4:
         """Itself: nothing is kept from step to step, so that a step can be recomputed from its start alone."""
         return self
 
-    def plan(self, field: Evaluate, t: float, y: torch.Tensor, h: float, f0: torch.Tensor) -> tuple[float, Any]:
+    def plan(self, field: Evaluate, t: float, y: torch.Tensor, h: float, f0: torch.Tensor,
+             cut: bool = False) -> tuple[float, Any]:  # fmt: skip
         """Nothing to fix: the Jacobian belongs to the step, where recomputing finds it again."""
         return h, None
 

@@ -218,7 +218,8 @@ class Integration:
         if tried >= settings.max_steps or tried - self._tried_at_output >= (settings.max_steps_between or math.inf):
             raise Failure(Status.MAX_STEPS, self.t, y, self.clock.direction * (self.size.size if self.size else 0.0))
         h, wanted = self._choose(y, f0)
-        h, plan = settings.method.plan(self.field, self.t, y, h, f0)
+        cut = self.size is not None and abs(h) != wanted
+        h, plan = settings.method.plan(self.field, self.t, y, h, f0, cut)
         if self.t + h == self.t or not math.isfinite(h):
             raise Failure(Status.STEP_UNDERFLOW, self.t, y, h)
         record = self._record(h, plan)
@@ -248,7 +249,8 @@ class Integration:
             return h, abs(h)
         rest = clock.target(self.next) - self.t
         if self.size is None:
-            self.size = StepSize(settings.controller, settings.method.error_order, self._first(y, f0))
+            method = settings.method
+            self.size = StepSize(settings.controller, method.error_order, self._first(y, f0), shrinks=method.shrinks)
         wanted = self.size.size
         return (rest if wanted >= abs(rest) * (1 - 1e-9) else clock.direction * wanted), wanted
 

@@ -87,13 +87,37 @@ def test_stable_for_every_step_that_the_stages_are_planned_for(stages: int) -> N
 def test_stages_grow_with_the_root_and_are_capped() -> None:
     y = torch.zeros(3, dtype=torch.float64)
     method = RKC2(1e4)
-    assert method.plan(lambda t, y: y, 0.0, y, -0.01, y) == (-0.01, 13)
+    assert method.plan(lambda t, y: y, 0.0, y, -0.0109, y) == (-0.0109, 13)
     h, stages = method.plan(lambda t, y: y, 0.5, y, -1e9, y)
     assert stages == most_stages(torch.float64)
     assert h == pytest.approx(-(stages**2 - 1) / 1.54e4)
     assert method.plan(lambda t, y: y, 0.6, y.float(), 1e9, y.float())[1] == most_stages(torch.float32) < 100
     assert RKC2(0.0).plan(lambda t, y: y, 0.0, y, 1.0, y) == (1.0, 2)
     assert coefficients(13) is coefficients(13)
+
+
+@pytest.mark.parametrize("radius", [0.0, 3.0, 700.0, 1e5])
+@pytest.mark.parametrize("cut", [False, True])
+def test_planned_pair_is_stable_and_the_cheapest(radius: float, cut: bool) -> None:
+    y, direction = torch.zeros(2, dtype=torch.float64), -1.0
+    for size in np.geomspace(1e-5, 3, 200):
+        h, stages = RKC2(radius).plan(lambda t, y: y, 0.0, y, direction * float(size), y, cut)
+        assert 0 < h * direction <= size
+        assert h * direction * radius <= (stages**2 - 1) / 1.54 * (1 + 1e-9)
+        if cut and stages < most_stages(y.dtype):
+            assert h * direction == size
+        if not cut:
+            others = ((s, min(size, (s**2 - 1) / (1.54 * max(radius, 1e-9)))) for s in range(2, most_stages(y.dtype)))
+            assert stages / abs(h) <= min(s / longest for s, longest in others) * (1 + 1e-9)
+
+
+def test_a_step_that_ends_at_an_output_is_not_cut_in_two() -> None:
+    """The whole solve in one step, though a stage less would be cheaper a unit of time."""
+    y0, times = torch.ones(1, dtype=torch.float64), [0.0, 0.0068]
+    options = {"spectral_radius": 300.0, "first_step": 1.0}
+    stats = solve(lambda t, y: -y, y0, times, method="rkc2", options=options).stats
+    assert stats.accepted == 1
+    assert RKC2(300.0).plan(lambda t, y: y, 0.0, y0, 0.0068, y0) == (pytest.approx(3 / 1.54 / 300), 2)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)

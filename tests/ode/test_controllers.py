@@ -22,6 +22,13 @@ def fresh(name: str, size: float = 1.0) -> StepSize:
     return StepSize(CONTROLLERS[name], ORDER, size)
 
 
+def test_a_step_that_barely_stood_is_followed_by_a_shorter_one_only_if_it_shrinks() -> None:
+    for shrinks, wanted in ((False, 1.0), (True, 0.9 * 0.95 ** (-1 / ORDER))):
+        state = StepSize(CONTROLLERS["I"], ORDER, 1.0, shrinks=shrinks)
+        assert state.accepts(0.95)
+        assert state.size == pytest.approx(wanted)
+
+
 def growth(state: StepSize, ratio: float) -> float:
     before = state.size
     state.accepts(ratio)
