@@ -16,7 +16,7 @@ from neuralode.ode import Solution, Stats, solve
 
 Dynamics = Callable[[Any, torch.Tensor], torch.Tensor]
 
-_MARGIN = 1.1
+_MARGIN = 1.03
 """Lanczos ends below the spectral radius, never above it."""
 
 

@@ -120,6 +120,49 @@ def test_a_step_that_ends_at_an_output_is_not_cut_in_two() -> None:
     assert RKC2(300.0).plan(lambda t, y: y, 0.0, y0, 0.0068, y0) == (pytest.approx(3 / 1.54 / 300), 2)
 
 
+def test_a_growing_radius_is_foreseen() -> None:
+    """Once two answers tell the growth, each step is stable to its end, and a bound that stops growing is noticed."""
+    y, asked, t = torch.zeros(2, dtype=torch.float64), list[float](), 0.0
+
+    def bound(t: float, y: torch.Tensor) -> float:
+        asked.append(t)
+        return min(100 + 40 * t, 500.0)
+
+    method = RKC2(bound)
+    for _ in range(200):
+        h, stages = method.plan(lambda t, y: y, t, y, 0.1, y)
+        if len(asked) > 1:
+            assert h * min(100 + 40 * (t + h), 500.0) <= (stages**2 - 1) / 1.54 * (1 + 1e-9)
+        t += h
+    assert len(asked) <= 1 + 200 / 25
+    assert (h, stages) == RKC2(500.0).plan(lambda t, y: y, t, y, 0.1, y)
+
+
+def test_an_estimate_of_its_own_is_not_taken_to_grow() -> None:
+    """It errs by more than a spectrum grows; the second one of a diffusion is above the first."""
+    field, y0, _ = heat()
+    method, planned = RKC2(), set()
+    for k in range(60):
+        planned.add(method.plan(lambda t, y: field(t, y), 0.01 * k, y0, 1e-4, field(torch.tensor(0.0), y0)))
+    assert len(planned) <= 3  # one for each estimate, or fewer
+
+
+def test_radius_that_jumps_is_asked_more_often_until_it_is_steady() -> None:
+    y, asked = torch.zeros(2, dtype=torch.float64), list[float]()
+
+    def bound(t: float, y: torch.Tensor) -> float:
+        asked.append(t)
+        return 1.3 ** min(t, 200.0)
+
+    method = RKC2(bound)
+    for k in range(600):
+        method.plan(lambda t, y: y, float(k), y, 1e-12, y)
+    gaps = np.diff(asked)
+    assert gaps[0] == 25
+    assert min(gaps) == 3
+    assert gaps[-1] == 25
+
+
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 @pytest.mark.parametrize("backwards", [False, True])
 def test_solves_to_the_tolerance_in_both_directions(problem: Problem, backwards: bool) -> None:
