@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import operator
 import types
 import weakref
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import numpy as np
@@ -164,14 +165,17 @@ class PlainModules(Place):
         return f"a call changes {name[1]!r} of a module" if isinstance(name, tuple) else "a call gives a module more"
 
 
-class Calls(Place):
-    """What a call of a module of each class runs, which a user may exchange for PyTorch's own classes too."""
+class Members(Place):
+    """Members of classes and of Python modules, which a user may exchange for those of PyTorch's own too.
+
+    Args:
+        owned: pairs of an owner and a name.
+    """
 
     counts = False
 
-    def __init__(self, kinds: set[type[nn.Module]]):
-        names = [(kind, "forward") for kind in kinds] + [(nn.Module, "__call__"), (nn.Module, "__getattr__")]
-        super().__init__({name: self.read(name) for name in names})
+    def __init__(self, owned: Iterable[tuple[Any, str]]):
+        super().__init__({entry: self.read(entry) for entry in owned})
 
     def read(self, name: Any) -> Any:
         return getattr(name[0], name[1], MISSING)
@@ -183,17 +187,19 @@ class Calls(Place):
         return f"a call changes {name[1]!r} of {name[0].__name__}"
 
 
-class Library(Calls):
-    """The functions of Python modules that a function names, such as `linear` of `torch.nn.functional`."""
+def calls_of(kinds: set[type[nn.Module]]) -> Members:
+    """What a call of a module of each class runs."""
+    return Members([*((kind, "forward") for kind in kinds), (nn.Module, "__call__"), (nn.Module, "__getattr__")])
 
-    def __init__(self, function: types.FunctionType):
-        names = globals_of(function.__code__)
-        owners = [x for name in names if isinstance(x := function.__globals__.get(name), types.ModuleType)]
-        for owner in owners:  # a module in a module is one more
-            held = [vars(owner).get(name) for name in names]
-            owners += [x for x in held if isinstance(x, types.ModuleType) and x not in owners]
-        found = {(owner, name): vars(owner).get(name) for owner in owners for name in names}
-        Place.__init__(self, {name: x for name, x in found.items() if callable(x)})
+
+def library_of(function: types.FunctionType) -> Members:
+    """The functions of Python modules that a function names, such as `linear` of `torch.nn.functional`."""
+    names = globals_of(function.__code__)
+    owners = [x for name in names if isinstance(x := function.__globals__.get(name), types.ModuleType)]
+    for owner in owners:  # a module in a module is one more
+        held = [vars(owner).get(name) for name in names]
+        owners += [x for x in held if isinstance(x, types.ModuleType) and x not in owners]
+    return Members((owner, name) for owner in owners for name in names if callable(vars(owner).get(name)))
 
 
 class ClassAttributes(Place):
@@ -327,13 +333,16 @@ class Entries(Place):
         """Whether an entry is another than it was."""
         if isinstance(self.container, set):
             return bool(self.kept != self.container)
-        now, before = (x.items() if isinstance(x, dict) else [x] for x in (self.container, self.kept))
-        pairs = zip(itertools.chain.from_iterable(now), itertools.chain.from_iterable(before), strict=True)
-        return not all(a is b for a, b in pairs)
+        return not all(map(operator.is_, _parts(self.container), _parts(self.kept)))
 
     def restore(self) -> None:
         self.container.clear()
         self.container.extend(self.kept) if hasattr(self.container, "extend") else self.container.update(self.kept)
+
+
+def _parts(container: Any) -> Iterable[Any]:
+    """The entries of a container, the keys of a dict among them."""
+    return itertools.chain.from_iterable(container.items()) if isinstance(container, dict) else container
 
 
 class Counter:

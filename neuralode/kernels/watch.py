@@ -20,17 +20,18 @@ from neuralode.kernels.places import (
     LARGE,
     Array,
     Attributes,
-    Calls,
     ClassAttributes,
     Counter,
     Entries,
     Function,
-    Library,
+    Members,
     Place,
     PlainModules,
     Slots,
     Variables,
+    calls_of,
     globals_of,
+    library_of,
     slots_of,
 )
 from neuralode.kernels.tally import TALLIES, rose_by_one
@@ -51,9 +52,9 @@ _FROM_AFAR = frozenset({
 })  # fmt: skip
 """Names by which a function may read what it does not name."""
 _DEEPEST, _MOST_PLACES = 8, 256
-"""How far, and at how many things, is looked before each solve."""
+"""How far, and at how many things, is looked for a program that is to be kept."""
 _DEEPEST_OF_ALL, _MOST_OF_ALL, _MOST_NUMBERS = 32, 4096, 10**6
-"""And before a first one, how large an array may be; of a field that goes beyond, nothing is known."""
+"""How far, at how many things, and at how large arrays at all: a field that holds more is taken for no program."""
 _KNOWN_PACKAGES = frozenset({
     "torch", "neuralode", "builtins", "math", "cmath", "operator", "functools", "itertools", "typing", "numpy", "types",
     "abc", "collections", "contextlib", "dataclasses", "enum", "einops", "copy", "warnings", "sys", "os", "time",
@@ -91,7 +92,7 @@ class Watch:
         """Whether it holds more than can be looked at."""
         self._enter(field)
         if self.modules:
-            self._enter_calls(Calls(set(map(type, self.modules))))
+            self._enter_calls(calls_of(set(map(type, self.modules))))
         self.counters: list[Counter] = []
 
     @property
@@ -186,7 +187,7 @@ class Watch:
                 self._random = _generators()
             self._look_at(Variables(thing, self.seen), depth)
             self._enter_names(thing, depth)
-            self.places.append(Library(thing))
+            self.places.append(library_of(thing))
             self._look_at(Function(thing), depth)
             if thing.__dict__:
                 self._look_at(Attributes(thing), depth)
@@ -224,14 +225,14 @@ class Watch:
         if isinstance(thing, _WITH_ENTRIES) and hasattr(thing, "__dict__"):
             self._enter_object(thing, depth)
 
-    def _enter_calls(self, calls: Calls) -> None:
+    def _enter_calls(self, calls: Members) -> None:
         """Watches what calls of modules run; PyTorch's own code is not looked at, but what a user puts there is."""
         self.places.append(calls)
         for function in calls.before.values():
             if _package_of(function) not in _KNOWN_PACKAGES:
                 self._enter(function)
             elif isinstance(function, types.FunctionType):
-                self.places.append(Library(function))
+                self.places.append(library_of(function))
 
     def _weigh(self, container: Any) -> None:
         """Notes whether a container has entries that are too many to look into."""

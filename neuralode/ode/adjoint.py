@@ -17,7 +17,7 @@ from neuralode.ode.packing import Packing
 from neuralode.ode.parameters import UNREACHED, Autocast, HeldField, InnerGradient, refuse_another_field
 from neuralode.ode.solution import SolveError, Stats
 from neuralode.ode.stepper import CountedField, Failure, Integration, Settings
-from neuralode.ode.tolerance import forward_mode, in_transform, largest_rms
+from neuralode.ode.tolerance import largest_rms, transformed
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def solve_with_adjoint(
 
 def refuse_transforms() -> None:
     """Raises UsageError where derivatives are taken by what the adjoint equation does not serve."""
-    if in_transform() or forward_mode():
+    if transformed():
         raise UsageError(
             "gradient='adjoint' does not work inside torch.func transforms or with forward-mode differentiation; use "
             "gradient='exact'."

@@ -27,7 +27,7 @@ from neuralode.ode.setup import OPTIONS, settings_of
 from neuralode.ode.solution import State, Stats
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import Settings
-from neuralode.ode.tolerance import forward_mode, in_transform
+from neuralode.ode.tolerance import transformed
 from neuralode.ode.unchanging import NotCaptured
 
 _MOST = 8
@@ -70,7 +70,7 @@ def unable(y0: State, ts: torch.Tensor, args: tuple[Any, ...], config: SolverCon
     if set(config.options) - (OPTIONS - {"norm"}) - method.options or config.max_steps_between is not None:
         return "graphs do not know an option that was given"
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    if in_transform() or forward_mode() or hooked or torch.is_inference_mode_enabled():
+    if transformed() or hooked or torch.is_inference_mode_enabled():
         return "graphs are for plain evaluation"
     if torch.is_autocast_enabled(y0.device.type):
         return "autocast is on"

@@ -14,7 +14,7 @@ from neuralode.ode.parameters import Autocast, HeldField, InnerGradient, refuse_
 from neuralode.ode.rows import Loop
 from neuralode.ode.solution import Stats
 from neuralode.ode.stepper import step_estimates
-from neuralode.ode.tolerance import forward_mode, in_transform
+from neuralode.ode.tolerance import transformed
 
 
 class Checkpoints:
@@ -54,7 +54,7 @@ def solve_recomputing(
         The remaining output states, the final state, and, if the settings ask for them, the two sums of estimates.
     """
     ts = integration.clock.ts
-    if in_transform() or forward_mode():
+    if transformed():
         raise UsageError(
             "recomputing steps (checkpoint) does not work inside torch.func transforms or with forward-mode "
             "differentiation; give checkpoint='never'."

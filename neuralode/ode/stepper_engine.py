@@ -23,7 +23,7 @@ from neuralode.ode.setup import adjoint_settings, begin
 from neuralode.ode.solution import Events, SolveError, State, Stats, Status
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import CountedField, Failure, Integration
-from neuralode.ode.tolerance import all_finite, forward_mode, in_transform
+from neuralode.ode.tolerance import all_finite, in_transform, transformed
 from neuralode.ode.unchanging import generators_of
 
 
@@ -78,7 +78,7 @@ def _integrate(integration: Loop, field: Field, packing: Packing, config: Solver
         assert isinstance(integration, Integration)
         return torch.stack(solve_with_adjoint(integration, held, inputs, adjoint_settings(config, integration), stats))
     policy = config.checkpoint
-    needs_all = integration.settings.keep_dense or (policy == "auto" and (in_transform() or forward_mode()))
+    needs_all = integration.settings.keep_dense or (policy == "auto" and transformed())
     if policy == "never" or needs_all or not torch.is_grad_enabled():
         integration.run()
     elif policy == "auto":

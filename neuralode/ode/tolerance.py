@@ -85,15 +85,15 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def forward_mode() -> bool:
-    """Whether forward-mode differentiation is on, torch.func's or `torch.autograd.forward_ad`'s."""
-    return forward_ad._current_level >= 0
+def transformed() -> bool:
+    """Whether derivatives are taken by torch.func or in forward mode, which no backward pass of ours serves."""
+    return in_transform() or forward_ad._current_level >= 0
 
 
 def watched() -> bool:
     """Whether something besides autograd follows the operations: a transform, a tracer, forward differentiation."""
     recorded = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
-    return recorded or in_transform() or forward_mode()
+    return recorded or transformed()
 
 
 def is_batch(x: torch.Tensor) -> bool:
