@@ -60,6 +60,8 @@ _KNOWN_PACKAGES = frozenset({
     "abc", "collections", "contextlib", "dataclasses", "enum", "einops", "copy", "warnings", "sys", "os", "time",
 })  # fmt: skip
 """Packages whose modules and classes a field may name: what they hold is not a user's to change."""
+_COMPILER = "torch._dynamo"
+"""Where functions are made that call compiled ones, amid much that belongs to the compiler."""
 _FROZEN = (torch.Tensor, str, bytes, complex, range, slice, enum.Enum, torch.Generator, types.WrapperDescriptorType,
            types.MethodDescriptorType, np.generic, logging.Logger, io.IOBase)  # fmt: skip
 """Types whose values do not change, or are looked at elsewhere."""
@@ -182,6 +184,10 @@ class Watch:
         elif isinstance(thing, functools.partial):
             for part in (thing.func, *thing.args, *thing.keywords.values()):
                 self._enter(part, depth + 1)
+        elif isinstance(thing, types.FunctionType) and str(thing.__globals__.get("__name__")).startswith(_COMPILER):
+            self.opaque = True
+            for cell in thing.__closure__ or ():  # in one of which is what was compiled
+                self._enter(cell.cell_contents, depth + 1)
         elif isinstance(thing, types.FunctionType):
             if self._random is None and "random" in globals_of(thing.__code__):
                 self._random = _generators()
@@ -202,6 +208,8 @@ class Watch:
             self.opaque |= not _is_of_known_package(thing)
             if isinstance(thing, type):
                 self._enter_class(thing, depth)
+        elif type(thing).__module__.startswith(_COMPILER):
+            self.opaque = True
         elif isinstance(thing, _FROZEN):
             self.opaque |= isinstance(thing, torch.Tensor)  # of a class that may give it attributes of its own
         elif isinstance(thing, _GIVING):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from neuralode.kernels.lower import NotLowered, lower
+from neuralode.kernels.watch import Watch
 
 CALLS = 0
 LOG: list[int] = []
@@ -180,3 +181,18 @@ def test_a_tensor_of_the_first_call_is_not_used_later() -> None:
     with pytest.raises(NotLowered, match="changes"):
         lower(field, torch.tensor(0.0), torch.rand(4, 3), ())
     assert cache == {}
+
+
+def test_a_compiled_function_is_looked_into_for_what_was_compiled() -> None:
+    calls = [0]
+
+    def twice(y: torch.Tensor) -> torch.Tensor:
+        calls[0] += 2
+        return 2 * y
+
+    compiled = torch.compile(twice, backend="eager")
+    watch = Watch(lambda t, y: compiled(y))
+    assert len(watch.places) < 30, "the compiler's own things are left alone"
+    with pytest.raises(NotLowered, match="a call changes 0"):
+        lower(lambda t, y: compiled(y), torch.tensor(0.0), torch.rand(4, 3), ())
+    assert calls == [0]
