@@ -67,59 +67,81 @@ class _RowControl(ctypes.Structure):
             "rtol", "atol", "integral", "proportional", "derivative", "safety", "min_factor", "max_factor")),
         ("order", Int),
         *((name, Pointer) for name in (
-            "step", "size", "ceiling", "last", "before", "accepted", "broken", "next_size", "next_ceiling",
-            "next_last", "next_before")),
+            "h", "t", "end", "stretch", "ceiling", "last", "before", "lands", "ended",
+            "moved", "next_t", "next_h", "size", "next_ceiling", "next_last", "next_before",
+            "accepted", "broken", "landed", "now_ended", "next_lands")),
+        ("smallest", Double),
     ]  # fmt: skip
 
 
-class Sizes(NamedTuple):
-    """What a controller knows of rows that have steps of their own, [R] in double precision."""
+class RowSteps(NamedTuple):
+    """Steps of the rows' own that they try, [R] each, numbers in double precision."""
 
-    size: torch.Tensor
-    """Of the step to come."""
+    h: torch.Tensor
+    """Signed sizes of the steps."""
+    t: torch.Tensor
+    """Where they start."""
+    end: torch.Tensor
+    """The last time of each row."""
+    stretch: torch.Tensor
+    """How much longer than the controller wants it a step may be, to end there."""
     ceiling: torch.Tensor
-    """How much it may be to the one before."""
+    """How much longer than this step the next may be."""
     last: torch.Tensor
     """Error ratio of the last accepted step."""
     before: torch.Tensor
     """And of the one before that."""
+    lands: torch.Tensor
+    """Whether the step ends at the last time."""
+    ended: torch.Tensor
+    """Whether the row was there before."""
 
 
 class Judged(NamedTuple):
-    """What is made of a step of such rows."""
+    """What becomes of their steps."""
 
     accepted: torch.Tensor
     broken: torch.Tensor
-    """Whether the error is not finite, [R]."""
-    sizes: Sizes
+    """Whether the error is not finite."""
+    moved: torch.Tensor
+    """How far each row goes: h where the step is accepted, else zero."""
+    landed: torch.Tensor
+    """Whether it comes to its last time by it."""
+    size: torch.Tensor
+    """What the controller wants the next step to be."""
+    after: RowSteps
+    """The steps that come next."""
     breaks: int
     """How many are broken."""
+    smallest: float
+    """Of the sizes of those that have not ended; infinite where all have."""
 
 
 def judge_rows(slopes: Sequence[torch.Tensor], weights: Sequence[float], y: torch.Tensor, y1: torch.Tensor,
-               tolerances: tuple[float, float], control: tuple[float, ...], order: int, step: torch.Tensor,
-               state: Sizes) -> Judged:  # fmt: skip
-    """Which rows accept their step, whose error is step · Σⱼ weights[j]·slopes[j], and the sizes that come next.
+               tolerances: tuple[float, float], control: tuple[float, ...], order: int,
+               steps: RowSteps) -> Judged:  # fmt: skip
+    """Which rows accept their step, whose error is h · Σⱼ weights[j]·slopes[j], and the steps that come next.
 
     Args:
         control: integral, proportional, derivative, safety, min_factor and max_factor of a Controller.
         order: of the error's estimate.
-        step: signed sizes, [R] in double precision.
     """
     given, alive = _slopes(y, slopes, weights)
-    rows = len(step)
-    flags = torch.empty(2, rows, dtype=torch.bool)
+    steps = RowSteps(*[x.contiguous() for x in steps])
+    count = len(steps.h)
     remembers = bool(control[1] or control[2])
-    numbers = torch.empty(4 if remembers else 2, rows, dtype=torch.double)
-    kept = [x.contiguous() for x in (step, *state)]
-    found = _RowControl(
-        *tolerances, *control, order, *[x.data_ptr() for x in kept], *_rows_of(flags), *_rows_of(numbers)
-    )
-    breaks = int(_call("judge_rows", y, given, y.data_ptr(), y1.data_ptr(), rows, ctypes.addressof(found)))
+    numbers = torch.empty(7 if remembers else 5, count, dtype=torch.double)
+    flags = torch.empty(5, count, dtype=torch.bool)
+    at = [x.data_ptr() for x in steps]
+    found = _RowControl(*tolerances, *control, order, *at, *_rows_of(numbers), *[None] * (7 - len(numbers)),
+                        *_rows_of(flags))  # fmt: skip
+    breaks = int(_call("judge_rows", y, given, y.data_ptr(), y1.data_ptr(), count, ctypes.addressof(found)))
     del alive
-    accepted, broken = flags
-    size, ceiling, *later = numbers
-    return Judged(accepted, broken, Sizes(size, ceiling, *(later or state[2:])), breaks)
+    moved, t, h, size, ceiling, *ratios = numbers.unbind()
+    accepted, broken, landed, ended, lands = flags.unbind()
+    last, before = ratios or (steps.last, steps.before)
+    after = RowSteps(h, t, steps.end, steps.stretch, ceiling, last, before, lands, ended)
+    return Judged(accepted, broken, moved, landed, size, after, breaks, found.smallest)
 
 
 def _rows_of(x: torch.Tensor) -> list[int]:

@@ -140,10 +140,10 @@ class RowStep(NamedTuple):
     h: torch.Tensor
     lands: torch.Tensor
     """Rows whose step ends at their last time, [R]."""
-    plan: None
-    outputs: range
+    plan: None = None
+    outputs: range = range(0)
     """Indices of the pieces that dense output gave in this step."""
-    inner: torch.Tensor | None
+    inner: torch.Tensor | None = None
     """For each piece, the index of the output time that each row reads there, [C, R]; zero for none."""
 
 

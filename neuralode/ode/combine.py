@@ -61,21 +61,19 @@ def error_ratio(slopes: Sequence[torch.Tensor], row: Row, h: Any, y0: torch.Tens
     return tolerance.ratio(error(slopes, row, h), y0, y1)
 
 
-def judge_rows(slopes: Sequence[torch.Tensor], row: Row, h: torch.Tensor, y0: torch.Tensor, y1: torch.Tensor,
-               tolerance: Tolerance, control: Controller, order: int,
-               state: kernels.Sizes) -> kernels.Judged | None:  # fmt: skip
-    """Which rows accept a step of sizes h, [R], and the sizes that come next; None where the kernels cannot say.
+def judge_rows(slopes: Sequence[torch.Tensor], row: Row, y0: torch.Tensor, y1: torch.Tensor, tolerance: Tolerance,
+               control: Controller, order: int, steps: kernels.RowSteps) -> kernels.Judged | None:  # fmt: skip
+    """Which rows accept their steps, and the steps that come next; None where the kernels cannot say.
 
     Args:
         order: the error estimate h Σᵢ eᵢkᵢ is O(h^order).
-        state: sizes, most growth, and error ratios of the two accepted steps before, [R] each.
     """
     used = [slopes[i] for i, _ in row]
     plain = isinstance(tolerance.rtol, float) and isinstance(tolerance.atol, float) and row and y0.numel()
     if not plain or watched() or not kernels.serves(y0, (y1, *used)):
         return None
     tolerances, numbers = (tolerance.rtol, tolerance.atol), tuple(vars(control).values())
-    return kernels.judge_rows(used, [e for _, e in row], y0, y1, tolerances, numbers, order, h, state)
+    return kernels.judge_rows(used, [e for _, e in row], y0, y1, tolerances, numbers, order, steps)
 
 
 def _slope(slopes: Sequence[torch.Tensor], row: Row) -> tuple[torch.Tensor, float]:

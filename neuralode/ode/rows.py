@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from neuralode.errors import UsageError
-from neuralode.kernels.stages import Sizes
+from neuralode.kernels.stages import RowSteps
 from neuralode.ode import combine
 from neuralode.ode.clock import RowClock, RowStep
 from neuralode.ode.dense import RowDenseOutput, Stop
@@ -67,7 +67,10 @@ class RowIntegration:
         self._resolution = torch.finfo(rows.real).eps * torch.maximum(times.abs().amax(1), (self.end - self.t).abs())
         self._finest = float(self._resolution.max()) if chunk == 1 else 0.0
         self._grew = torch.ones((), dtype=self.t.dtype, device=y.device)
-        self._judges = chunk == 1 and not rows.shared
+        self._judges = chunk == 1 and not rows.shared and settings.method.adaptive
+        self._ahead: RowStep | None = None
+        """The next step, where the judgement of the last one has brought it along, and with it the smallest size."""
+        self._smallest = 0.0
 
     def run(self, pause: Callable[[], bool] | None = None, on_step: Callable[[Step], None] | None = None) -> None:
         """Steps until every row has ended, or until `pause()` is true after a chunk."""
@@ -120,41 +123,57 @@ class RowIntegration:
         settings, y, f0 = self.settings, self.y, self.slope()
         if self.size is None:
             self.size = self._first(y, f0)
-        rest = (self.end - self.t).abs()
-        lands = self.size * self._stretch >= rest  # true of the rows that have ended, whose rest is zero
-        size = torch.where(lands, rest, self.size)
+        tried = self._ahead or self._plan(self.size)
         graphs = self.field.graphs
-        record = RowStep(self.t, self.direction * size, lands, None, range(0), None)
-        step = settings.method.step(self.field, *self.clock.place(record), y, f0, None)
-        accepted = ~self.ended
-        if settings.method.adaptive:
-            within, sound = self._control(step, size, record.h)
-            accepted = accepted & within
-            if not sound and torch.is_grad_enabled():
-                # autograd would carry the overflow of a rejected row into the gradient of all: step again without it
-                record = record._replace(h=record.h * accepted)
-                step = settings.method.step(self.field, *self.clock.place(record), y, f0, None)
-        record = RowStep(self.t, record.h * accepted, lands & accepted, None, range(0), None)
-        self._move(step, record, accepted, on_step)
+        step = settings.method.step(self.field, *self.clock.place(tried), y, f0, None)
+        taken, accepted, sound = self._judge(step, tried)
+        if not sound and torch.is_grad_enabled():
+            # autograd would carry the overflow of a rejected row into the gradient of all: step again without it
+            step = settings.method.step(self.field, *self.clock.place(taken), y, f0, None)
+        self._move(step, taken, accepted, on_step)
         self.in_graph += self.field.graphs - graphs
 
-    def _control(self, step: Step, size: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    def _plan(self, size: torch.Tensor) -> RowStep:
+        """The steps of these sizes, no further than to the end."""
+        rest = (self.end - self.t).abs()
+        lands = size * self._stretch >= rest  # true of the rows that have ended, whose rest is zero
+        return RowStep(self.t, self.direction * torch.where(lands, rest, size), lands)
+
+    def _judge(self, step: Step, tried: RowStep) -> tuple[RowStep, torch.Tensor, bool]:
+        """Moves the rows that accept on in time, and sets the sizes that come next.
+
+        Returns:
+            The step as they take it, which rows accept, and whether all that the host has looked at is finite.
+        """
+        settings, method = self.settings, self.settings.method
+        self._ahead = None
+        if self._judges and isinstance(method, RungeKutta):
+            steps = RowSteps(tried.h, tried.t, self.end, self._stretch, self._ceiling, self.last, self.before,
+                             tried.lands, self.ended)  # fmt: skip
+            judged = combine.judge_rows(step.stages, method.error_row, step.y0, step.y1, settings.tolerance,
+                                        settings.controller, method.error_order, steps)  # fmt: skip
+            if judged is not None:
+                after = judged.after
+                self.t, self.ended, self.size, self._smallest = after.t, after.ended, judged.size, judged.smallest
+                self._ceiling, self.last, self.before, self._broken = *after[4:7], judged.broken
+                self._ahead = RowStep(after.t, after.h, after.lands)
+                return RowStep(tried.t, judged.moved, judged.landed), judged.accepted, not judged.breaks
+        accepted, sound = ~self.ended, True
+        if method.adaptive:
+            within, sound = self._control(step, tried.h.abs())
+            accepted = accepted & within
+        taken = RowStep(tried.t, tried.h * accepted, tried.lands & accepted)
+        self.t = torch.where(taken.lands, self.end, tried.t + taken.h)
+        self.ended = self.ended | taken.lands
+        return taken, accepted, sound
+
+    def _control(self, step: Step, size: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Sets the sizes that come next.
 
         Returns:
             Which rows are within tolerance, and whether all that the host has looked at is finite.
         """
         settings, control = self.settings, self.settings.controller
-        method = settings.method
-        if self._judges and isinstance(method, RungeKutta):
-            judged = combine.judge_rows(
-                step.stages, method.error_row, h, step.y0, step.y1, settings.tolerance, control, method.error_order,
-                Sizes(size, self._ceiling, self.last, self.before),
-            )  # fmt: skip
-            if judged is not None:
-                self.size, self._ceiling, self.last, self.before = judged.sizes
-                self._broken = judged.broken
-                return judged.accepted, not judged.breaks
         looks = self.chunk == 1 or (torch.is_grad_enabled() and not self._hides_overflow())
         with torch.no_grad():
             scale = torch.maximum(step.y0.abs(), step.y1.abs()) * settings.tolerance.rtol + settings.tolerance.atol
@@ -181,20 +200,18 @@ class RowIntegration:
 
     def _move(self, step: Step, record: RowStep, accepted: torch.Tensor,
               on_step: Callable[[Step], None] | None) -> None:  # fmt: skip
-        """Takes the rows that accepted to the end of the step."""
+        """Takes the states of the rows that accepted to the end of the step."""
         settings, keep = self.settings, self.rows.spread(accepted)
-        t = torch.where(record.lands, self.end, self.t + record.h)
         if on_step is not None:
             on_step(step)
         if settings.estimates or settings.keep_dense or self._interior:
             step.t, step.h = self.clock.place(record)
         self.extras.take(settings, step, record.t, record.h, self.field)
         if self._interior:
-            passed = 1 + ((self.clock.values[:, 1:-1] - t[:, None]) * self.direction[:, None] <= 0).sum(1)
+            passed = 1 + ((self.clock.values[:, 1:-1] - self.t[:, None]) * self.direction[:, None] <= 0).sum(1)
             self._unread.append((len(self.accepted), step, self.next, passed))
             self.next = passed
         self.accepted.append(record)
-        self.t, self.ended = t, self.ended | record.lands
         f0 = step.end_slope(self.field)
         self.y, self.f0 = torch.where(keep, step.y1, step.y0), torch.where(keep, f0, step.f0)
 
@@ -217,7 +234,7 @@ class RowIntegration:
         """
         assert self.size is not None
         if self.chunk == 1 and not self._interior:  # often one number tells that there is nothing else to look at
-            smallest = float(torch.where(self.ended, math.inf, self.size).amin())
+            smallest = self._smallest if self._ahead else float(torch.where(self.ended, math.inf, self.size).amin())
             if smallest > self._finest:
                 self.done = smallest == math.inf
                 if self.done:
@@ -289,7 +306,7 @@ class RowIntegration:
 
     def hold(self, samples: torch.Tensor, y: torch.Tensor) -> None:
         """Goes on from y, without further steps for these samples, a mask that broadcasts against the state."""
-        self.y, self.ended = y, self.ended | samples.flatten()
+        self.y, self.ended, self._ahead = y, self.ended | samples.flatten(), None
 
     def dense_output(self, packing: Packing, stop: Stop | None = None) -> RowDenseOutput:
         return RowDenseOutput(self.extras.dense, self.rows, packing, self.end, stop)

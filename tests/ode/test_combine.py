@@ -127,6 +127,12 @@ def spreading(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.linspace(0.1, 30, len(y), dtype=y.dtype)[:, None] * torch.stack([y[:, 1], -y[:, 0] * y[:, 1].cos()], 1)
 
 
+def tried(h: torch.Tensor) -> combine.kernels.RowSteps:
+    """Steps of rows that are far from their end."""
+    ones, none = torch.ones_like(h), torch.zeros_like(h, dtype=torch.bool)
+    return combine.kernels.RowSteps(h, 0 * ones, 1e9 * ones, ones, 10 * ones, ones, ones, none, none)
+
+
 @pytest.mark.parametrize("controller", ["I", "PI", "PID"])
 @pytest.mark.parametrize("method", ["dopri5", "bosh3", "dop853"])
 def test_rows_are_judged_as_by_operations(method: str, controller: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,22 +156,20 @@ def test_rows_are_judged_as_by_operations(method: str, controller: str, monkeypa
 def test_a_row_that_is_not_finite_is_broken_and_the_others_are_not(width: int, dtype: torch.dtype) -> None:
     y, slopes = state(4, width, dtype=dtype)
     slopes[2][1, 0], slopes[3][2, -1] = math.nan, math.inf
-    ones = torch.ones(4, dtype=torch.float64)
-    sizes = combine.kernels.Sizes(ones, 10 * ones, ones, ones)
-    judged = combine.judge_rows(slopes, ROW, 1e-9 * ones, y, y, Tolerance(1e-3, 1e-3), Controller(), 5, sizes)
+    steps = tried(torch.full((4,), 1e-9, dtype=torch.float64))
+    judged = combine.judge_rows(slopes, ROW, y, y, Tolerance(1e-3, 1e-3), Controller(), 5, steps)
     assert judged is not None
     assert judged.breaks == 2
     assert judged.broken.tolist() == [False, True, True, False]
     assert judged.accepted.tolist() == [True, False, False, True]
-    torch.testing.assert_close(judged.sizes.size, torch.tensor([9.0, 0.2, 0.2, 9.0]).double(), rtol=0.5, atol=0)
+    torch.testing.assert_close(judged.size, 1e-9 * torch.tensor([9.0, 0.2, 0.2, 9.0]).double(), rtol=0.5, atol=0)
 
 
 def test_the_kernels_leave_rows_alone_that_they_do_not_know() -> None:
     y, slopes = state(4, 2)
     ones = torch.ones(4, dtype=torch.float64)
-    sizes = combine.kernels.Sizes(ones, ones, ones, ones)
     for given, tolerance in (((y, y.mT.contiguous().mT), Tolerance(1e-3, 1e-3)), ((y, y), Tolerance(ones, 1e-3))):
-        assert combine.judge_rows(slopes, ROW, ones, *given, tolerance, Controller(), 5, sizes) is None
+        assert combine.judge_rows(slopes, ROW, *given, tolerance, Controller(), 5, tried(ones)) is None
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -173,9 +177,7 @@ def test_many_rows_are_judged_by_all_threads(threads: int) -> None:
     torch.set_num_threads(threads)
     y, slopes = state(40_000, 2)
     steps = torch.rand(40_000, dtype=torch.float64)
-    ones = torch.ones_like(steps)
-    sizes = combine.kernels.Sizes(steps, 10 * ones, ones, ones)
-    judged = combine.judge_rows(slopes, ROW, steps, y, slopes[1], Tolerance(0.5, 0.5), Controller(), 5, sizes)
+    judged = combine.judge_rows(slopes, ROW, y, slopes[1], Tolerance(0.5, 0.5), Controller(), 5, tried(steps))
     assert judged is not None
     error = steps[:, None] * sum(w * slopes[i] for i, w in ROW) / (0.5 + 0.5 * torch.maximum(y.abs(), slopes[1].abs()))
     ratio = error.square().mean(1).sqrt()
@@ -183,4 +185,31 @@ def test_many_rows_are_judged_by_all_threads(threads: int) -> None:
     assert 1000 < int(judged.accepted.sum()) < 39_000
     factor = (0.9 * ratio**-0.2).clamp(0.2, 10.0)
     wanted = torch.where(judged.accepted, factor.clamp(min=1), factor.clamp(max=1)) * steps
-    torch.testing.assert_close(judged.sizes.size, wanted)
+    torch.testing.assert_close(judged.size, wanted)
+    assert torch.equal(judged.moved, torch.where(judged.accepted, steps, 0.0))
+
+
+def test_rows_move_by_the_steps_that_stand_and_end_where_they_should() -> None:
+    """The error is zero but in the last row: the others accept, and their next steps are ten times as long."""
+    y = torch.zeros(5, 2, dtype=torch.float64)
+    slopes = [y, torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=y.dtype)[:, None].expand(5, 2).contiguous()]
+    h = torch.tensor([0.1, 0.1, 0.5, 0.0, 0.1], dtype=y.dtype)
+    # far from its end; one that the next step would pass; one that this step reaches; one at its end; a rejected one
+    steps = tried(h)._replace(
+        t=torch.tensor([0.0, 0.0, 0.5, 1.0, 0.0], dtype=y.dtype), end=torch.tensor([9.0, 1.0, 1.0, 1.0, -1.0]).double(),
+        lands=torch.tensor([False, False, True, True, False]), ended=torch.tensor([False, False, False, True, False]),
+    )  # fmt: skip
+    judged = combine.judge_rows(slopes, [(1, 1.0)], y, y, Tolerance(0.0, 1e-9), Controller(), 5, steps)
+    assert judged is not None
+    assert judged.accepted.tolist() == [True, True, True, False, False]
+    assert judged.moved.tolist() == [0.1, 0.1, 0.5, 0.0, 0.0]
+    assert judged.landed.tolist() == [False, False, True, False, False]
+    assert judged.after.t.tolist() == [0.1, 0.1, 1.0, 1.0, 0.0]
+    assert judged.after.ended.tolist() == [False, False, True, True, False]
+    assert judged.after.lands.tolist() == [False, True, True, True, False]
+    torch.testing.assert_close(judged.after.h, torch.tensor([1.0, 0.9, 0.0, 0.0, -0.02], dtype=y.dtype))
+    assert judged.smallest == pytest.approx(0.02)
+    done = combine.judge_rows(slopes, [(1, 1.0)], y, y, Tolerance(0.0, 1.0), Controller(), 5,
+                              steps._replace(lands=torch.ones(5, dtype=torch.bool)))  # fmt: skip
+    assert done is not None
+    assert done.smallest == math.inf

@@ -67,7 +67,7 @@ EXPORT void neuralode_pull_stage(int doubles, const Slopes* slopes, const void* 
 }
 
 EXPORT int64_t neuralode_judge_rows(int doubles, const Slopes* slopes, const void* y, const void* y1, int64_t rows,
-                                    const RowControl* control, const Workers* workers) {
+                                    RowControl* control, const Workers* workers) {
     return doubles ? judge_rows(*slopes, (const double*)y, (const double*)y1, rows, *control, *workers)
                    : judge_rows(*slopes, (const float*)y, (const float*)y1, rows, *control, *workers);
 }

@@ -83,61 +83,83 @@ inline void pull_stage(const Slopes& s, const T* g, T* const* to, const Workers&
     });
 }
 
-// Step-size control of rows that have steps of their own: the controller's numbers, and [rows] each of the rest.
+// Rows that have steps of their own: the controller's numbers, and [rows] each of the rest.
 struct RowControl {
     double rtol, atol, integral, proportional, derivative, safety, min_factor, max_factor;
-    int32_t order;  // of the error's estimate
-    const double *step, *size, *ceiling, *last, *before;  // step: signed; last, before: error ratios of accepted steps
-    uint8_t *accepted, *broken;                           // broken: the error is not finite
-    double *next_size, *next_ceiling, *next_last, *next_before;
+    int32_t order;                              // of the error's estimate
+    const double *h, *t, *end, *stretch;        // the step that was tried, signed, from t; how far one may reach for the end
+    const double *ceiling, *last, *before;      // the most that it may grow; error ratios of accepted steps
+    const uint8_t *lands, *ended;               // whether it ends at the row's end; whether the row was there before
+    double *moved, *next_t, *next_h, *size;     // size: what the controller wants next_h to be
+    double *next_ceiling, *next_last, *next_before;
+    uint8_t *accepted, *broken, *landed, *now_ended, *next_lands;  // broken: the error is not finite
+    double smallest;                            // size of the rows that have not ended; infinite where all have
 };
 
-// Root mean square of h Σ w k over rtol · max(|y|, |y1|) + atol for a row; NaN where one of them is.
+// Root mean squares of h Σ w k over rtol · max(|y|, |y1|) + atol for the rows `from` to `to`; NaN where one of them is.
 template <typename T>
-inline double row_ratio(const Slopes& s, const T* y, const T* y1, int64_t start, int64_t width, T h, T rtol, T atol) {
-    double total = 0;
-    for (int64_t from = start; from < start + width; from += PIECE) {
-        const int64_t size = std::min(PIECE, start + width - from);
+inline void row_ratios(const Slopes& s, const T* y, const T* y1, int64_t from, int64_t to, int64_t width,
+                       const RowControl& c, double* ratios) {
+    std::fill(ratios + from, ratios + to, 0.0);
+    for (int64_t i = from * width; i < to * width; i += PIECE) {
+        const int64_t end = std::min(i + PIECE, to * width);
         T sum[PIECE];
-        combine(s, from, size, sum);
-        T squares = 0;
-        for (int64_t i = 0; i < size; i++) {
-            const T a = std::fabs(y[from + i]), b = std::fabs(y1[from + i]);
-            const T ratio = h * sum[i] / ((a > b || a != a ? a : b) * rtol + atol);
-            squares += ratio * ratio;
+        combine(s, i, end - i, sum);
+        for (int64_t at = i; at < end;) {  // a piece holds many rows, or a part of one
+            const int64_t r = at / width, row_end = std::min(end, (r + 1) * width);
+            const T h = T(c.h[r]);
+            T squares = 0;
+            for (; at < row_end; at++) {
+                const T a = std::fabs(y[at]), b = std::fabs(y1[at]);
+                const T ratio = h * sum[at - i] / ((a > b || a != a ? a : b) * T(c.rtol) + T(c.atol));
+                squares += ratio * ratio;
+            }
+            ratios[r] += squares;
         }
-        total += squares;
     }
-    return std::sqrt(total / std::max<int64_t>(1, width));
+    for (int64_t r = from; r < to; r++) ratios[r] = std::sqrt(ratios[r] / std::max<int64_t>(1, width));
 }
 
-// Whether each row's step stands, and how long its next one may be; returns the number of broken rows.
+// What becomes of the step of each row: whether it stands, where the row is then, and which step is the next; returns
+// the number of broken rows.
 template <typename T>
-inline int64_t judge_rows(const Slopes& s, const T* y, const T* y1, int64_t rows, const RowControl& c,
+inline int64_t judge_rows(const Slopes& s, const T* y, const T* y1, int64_t rows, RowControl& c,
                           const Workers& workers) {
     const int64_t width = s.count / rows;
     const bool remembers = c.proportional != 0 || c.derivative != 0;
     const double now = -(c.integral + c.proportional + c.derivative) / c.order;
     const double then = (c.proportional + 2 * c.derivative) / c.order, earlier = -c.derivative / c.order;
-    auto judge = [&](int64_t r) {
-        double ratio = row_ratio(s, y, y1, r * width, width, T(c.step[r]), T(c.rtol), T(c.atol));
-        const bool accepted = ratio <= 1;
-        c.accepted[r] = accepted;
+    auto judge = [&](int64_t r, double ratio) {
+        const bool stands = ratio <= 1;
         c.broken[r] = !std::isfinite(ratio);
         ratio = std::isfinite(ratio) ? std::min(std::max(ratio, 1e-10), 1e10) : 1e10;
         double factor = c.safety * std::pow(ratio, now);
         if (remembers) factor *= std::pow(c.last[r], then) * std::pow(c.before[r], earlier);
         factor = std::max(factor, c.min_factor);
-        if (accepted && !remembers) factor = std::max(factor, 1.0);  // an accepted step does not shrink the next
-        c.next_ceiling[r] = accepted ? c.max_factor : 1;             // after a rejected one no step grows
-        c.next_size[r] = c.size[r] * std::min(factor, std::min(c.ceiling[r], c.next_ceiling[r]));
-        if (!remembers) return;
-        c.next_before[r] = accepted ? c.last[r] : c.before[r];
-        c.next_last[r] = accepted ? ratio : c.last[r];
+        if (stands && !remembers) factor = std::max(factor, 1.0);  // an accepted step does not shrink the next
+        c.next_ceiling[r] = stands ? c.max_factor : 1;             // after a rejected one no step grows
+        c.size[r] = std::fabs(c.h[r]) * std::min(factor, std::min(c.ceiling[r], c.next_ceiling[r]));
+        if (remembers) {
+            c.next_before[r] = stands ? c.last[r] : c.before[r];
+            c.next_last[r] = stands ? ratio : c.last[r];
+        }
+        c.accepted[r] = stands && !c.ended[r];
+        c.moved[r] = c.accepted[r] ? c.h[r] : 0;
+        c.landed[r] = c.lands[r] && c.accepted[r];
+        c.now_ended[r] = c.ended[r] || c.landed[r];
+        c.next_t[r] = c.landed[r] ? c.end[r] : c.t[r] + c.moved[r];
+        const double rest = c.end[r] - c.next_t[r];
+        c.next_lands[r] = c.size[r] * c.stretch[r] >= std::fabs(rest);
+        c.next_h[r] = c.next_lands[r] ? rest : std::copysign(c.size[r], rest);
     };
+    std::vector<double> ratios(rows);
     share(rows, s.count, workers, [&](int64_t from, int64_t to, int) {
-        for (int64_t r = from; r < to; r++) judge(r);
+        row_ratios(s, y, y1, from, to, width, c, ratios.data());
+        for (int64_t r = from; r < to; r++) judge(r, ratios[r]);
     });
+    c.smallest = INFINITY;
+    for (int64_t r = 0; r < rows; r++)
+        if (!c.now_ended[r]) c.smallest = std::min(c.smallest, c.size[r]);
     return std::count(c.broken, c.broken + rows, 1);
 }
 
