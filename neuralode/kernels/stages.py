@@ -67,10 +67,10 @@ class _RowControl(ctypes.Structure):
             "rtol", "atol", "integral", "proportional", "derivative", "safety", "min_factor", "max_factor")),
         ("order", Int),
         *((name, Pointer) for name in (
-            "h", "t", "end", "stretch", "ceiling", "last", "before", "lands", "ended",
+            "h", "t", "end", "stretch", "ceiling", "last", "before", "lands", "ended", "output",
             "moved", "next_t", "next_h", "size", "next_ceiling", "next_last", "next_before",
-            "accepted", "broken", "landed", "now_ended", "next_lands")),
-        ("smallest", Double),
+            "accepted", "broken", "landed", "now_ended", "next_lands", "next_output", "times")),
+        ("outputs", Int), ("most", Int), ("smallest", Double),
     ]  # fmt: skip
 
 
@@ -95,6 +95,10 @@ class RowSteps(NamedTuple):
     """Whether the step ends at the last time."""
     ended: torch.Tensor
     """Whether the row was there before."""
+    output: torch.Tensor
+    """Index of the output time that comes next."""
+    times: torch.Tensor
+    """The output times, [R, T]."""
 
 
 class Judged(NamedTuple):
@@ -115,6 +119,8 @@ class Judged(NamedTuple):
     """How many are broken."""
     smallest: float
     """Of the sizes of those that have not ended; infinite where all have."""
+    most: int
+    """Output times before its last that a row passed, at most."""
 
 
 def judge_rows(slopes: Sequence[torch.Tensor], weights: Sequence[float], y: torch.Tensor, y1: torch.Tensor,
@@ -132,16 +138,17 @@ def judge_rows(slopes: Sequence[torch.Tensor], weights: Sequence[float], y: torc
     remembers = bool(control[1] or control[2])
     numbers = torch.empty(7 if remembers else 5, count, dtype=torch.double)
     flags = torch.empty(5, count, dtype=torch.bool)
-    at = [x.data_ptr() for x in steps]
+    output = torch.empty_like(steps.output)
+    *at, times = (x.data_ptr() for x in steps)
     found = _RowControl(*tolerances, *control, order, *at, *_rows_of(numbers), *[None] * (7 - len(numbers)),
-                        *_rows_of(flags))  # fmt: skip
+                        *_rows_of(flags), output.data_ptr(), times, steps.times.shape[1])  # fmt: skip
     breaks = int(_call("judge_rows", y, given, y.data_ptr(), y1.data_ptr(), count, ctypes.addressof(found)))
     del alive
     moved, t, h, size, ceiling, *ratios = numbers.unbind()
     accepted, broken, landed, ended, lands = flags.unbind()
     last, before = ratios or (steps.last, steps.before)
-    after = RowSteps(h, t, steps.end, steps.stretch, ceiling, last, before, lands, ended)
-    return Judged(accepted, broken, moved, landed, size, after, breaks, found.smallest)
+    after = RowSteps(h, t, steps.end, steps.stretch, ceiling, last, before, lands, ended, output, steps.times)
+    return Judged(accepted, broken, moved, landed, size, after, breaks, found.smallest, found.most)
 
 
 def _rows_of(x: torch.Tensor) -> list[int]:

@@ -7,7 +7,7 @@ then has one row, the whole batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class RowIntegration:
                  step_size: float | None, chunk: int = 1):  # fmt: skip
         self.settings, self.field, self.clock, self.stats, self.chunk = settings, field, clock, stats, chunk
         rows = self.rows = clock.rows
-        times = clock.values
+        times = self.times = clock.values.contiguous()
         self.t, self.end, self.y, self.start = times[:, 0].clone(), times[:, -1], y, y
         self.direction = torch.sign(self.end - self.t)
         self.ended = torch.zeros(rows.count, dtype=torch.bool, device=y.device)
@@ -69,8 +69,11 @@ class RowIntegration:
         self._grew = torch.ones((), dtype=self.t.dtype, device=y.device)
         self._judges = chunk == 1 and not rows.shared and settings.method.adaptive
         self._ahead: RowStep | None = None
-        """The next step, where the judgement of the last one has brought it along, and with it the smallest size."""
-        self._smallest = 0.0
+        """The next step, where the judgement of the last one has brought it along; and with it what follows here."""
+        self._smallest, self._most = 0.0, 0
+        """Smallest size; most output times that a row has just passed."""
+        self._passed = self.next
+        """The output time that comes next in each row."""
 
     def run(self, pause: Callable[[], bool] | None = None, on_step: Callable[[Step], None] | None = None) -> None:
         """Steps until every row has ended, or until `pause()` is true after a chunk."""
@@ -149,12 +152,13 @@ class RowIntegration:
         self._ahead = None
         if self._judges and isinstance(method, RungeKutta):
             steps = RowSteps(tried.h, tried.t, self.end, self._stretch, self._ceiling, self.last, self.before,
-                             tried.lands, self.ended)  # fmt: skip
+                             tried.lands, self.ended, self.next, self.times)  # fmt: skip
             judged = combine.judge_rows(step.stages, method.error_row, step.y0, step.y1, settings.tolerance,
                                         settings.controller, method.error_order, steps)  # fmt: skip
             if judged is not None:
                 after = judged.after
-                self.t, self.ended, self.size, self._smallest = after.t, after.ended, judged.size, judged.smallest
+                self.t, self.ended, self.size = after.t, after.ended, judged.size
+                self._smallest, self._passed, self._most = judged.smallest, after.output, judged.most
                 self._ceiling, self.last, self.before, self._broken = *after[4:7], judged.broken
                 self._ahead = RowStep(after.t, after.h, after.lands)
                 return RowStep(tried.t, judged.moved, judged.landed), judged.accepted, not judged.breaks
@@ -208,7 +212,10 @@ class RowIntegration:
             step.t, step.h = self.clock.place(record)
         self.extras.take(settings, step, record.t, record.h, self.field)
         if self._interior:
-            passed = 1 + ((self.clock.values[:, 1:-1] - self.t[:, None]) * self.direction[:, None] <= 0).sum(1)
+            if not self._ahead:
+                way = (self.times[:, 1:-1] - self.t[:, None]) * self.direction[:, None]
+                self._passed = 1 + (way <= 0).sum(1)
+            passed = self._passed
             self._unread.append((len(self.accepted), step, self.next, passed))
             self.next = passed
         self.accepted.append(record)
@@ -233,9 +240,10 @@ class RowIntegration:
             Whether a step of the chunk overflowed.
         """
         assert self.size is not None
-        if self.chunk == 1 and not self._interior:  # often one number tells that there is nothing else to look at
+        if self.chunk == 1 and (self._ahead or not self._interior):  # often one number tells that all goes well
             smallest = self._smallest if self._ahead else float(torch.where(self.ended, math.inf, self.size).amin())
             if smallest > self._finest:
+                self._read([self._most] if self._interior else [])
                 self.done = smallest == math.inf
                 if self.done:
                     self._count()
@@ -261,7 +269,7 @@ class RowIntegration:
             self._now = max(1, min(self.chunk, int(expected)))
         return False
 
-    def _read(self, readings: list[float]) -> None:
+    def _read(self, readings: Sequence[float]) -> None:
         """Reads the output times that the steps of the chunk passed: as many a step as the row that passed most."""
         for (index, step, before, passed), count in zip(self._unread, readings, strict=True):
             if not count:

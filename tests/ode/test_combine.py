@@ -130,7 +130,10 @@ def spreading(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def tried(h: torch.Tensor) -> combine.kernels.RowSteps:
     """Steps of rows that are far from their end."""
     ones, none = torch.ones_like(h), torch.zeros_like(h, dtype=torch.bool)
-    return combine.kernels.RowSteps(h, 0 * ones, 1e9 * ones, ones, 10 * ones, ones, ones, none, none)
+    times = ones[:, None] * torch.tensor([0.0, 0.05, 0.1, 0.2, 1e9], dtype=h.dtype)
+    return combine.kernels.RowSteps(
+        h, 0 * ones, 1e9 * ones, ones, 10 * ones, ones, ones, none, none, none.long() + 1, times
+    )
 
 
 @pytest.mark.parametrize("controller", ["I", "PI", "PID"])
@@ -209,6 +212,8 @@ def test_rows_move_by_the_steps_that_stand_and_end_where_they_should() -> None:
     assert judged.after.lands.tolist() == [False, True, True, True, False]
     torch.testing.assert_close(judged.after.h, torch.tensor([1.0, 0.9, 0.0, 0.0, -0.02], dtype=y.dtype))
     assert judged.smallest == pytest.approx(0.02)
+    assert judged.after.output.tolist() == [3, 3, 4, 4, 1]
+    assert judged.most == 3
     done = combine.judge_rows(slopes, [(1, 1.0)], y, y, Tolerance(0.0, 1.0), Controller(), 5,
                               steps._replace(lands=torch.ones(5, dtype=torch.bool)))  # fmt: skip
     assert done is not None

@@ -90,9 +90,14 @@ struct RowControl {
     const double *h, *t, *end, *stretch;        // the step that was tried, signed, from t; how far one may reach for the end
     const double *ceiling, *last, *before;      // the most that it may grow; error ratios of accepted steps
     const uint8_t *lands, *ended;               // whether it ends at the row's end; whether the row was there before
+    const int64_t* output;                      // the output time that comes next
     double *moved, *next_t, *next_h, *size;     // size: what the controller wants next_h to be
     double *next_ceiling, *next_last, *next_before;
     uint8_t *accepted, *broken, *landed, *now_ended, *next_lands;  // broken: the error is not finite
+    int64_t* next_output;
+    const double* times;                        // [rows][outputs]
+    int32_t outputs;
+    int32_t most;                               // output times that a row passed
     double smallest;                            // size of the rows that have not ended; infinite where all have
 };
 
@@ -151,15 +156,22 @@ inline int64_t judge_rows(const Slopes& s, const T* y, const T* y1, int64_t rows
         const double rest = c.end[r] - c.next_t[r];
         c.next_lands[r] = c.size[r] * c.stretch[r] >= std::fabs(rest);
         c.next_h[r] = c.next_lands[r] ? rest : std::copysign(c.size[r], rest);
+        const double* times = c.times + r * c.outputs;
+        const double direction = times[c.outputs - 1] > times[0] ? 1 : -1;
+        int64_t output = c.output[r];
+        while (output < c.outputs - 1 && (times[output] - c.next_t[r]) * direction <= 0) output++;
+        c.next_output[r] = output;
     };
     std::vector<double> ratios(rows);
     share(rows, s.count, workers, [&](int64_t from, int64_t to, int) {
         row_ratios(s, y, y1, from, to, width, c, ratios.data());
         for (int64_t r = from; r < to; r++) judge(r, ratios[r]);
     });
-    c.smallest = INFINITY;
-    for (int64_t r = 0; r < rows; r++)
+    c.smallest = INFINITY, c.most = 0;
+    for (int64_t r = 0; r < rows; r++) {
         if (!c.now_ended[r]) c.smallest = std::min(c.smallest, c.size[r]);
+        c.most = std::max(c.most, (int32_t)(c.next_output[r] - c.output[r]));
+    }
     return std::count(c.broken, c.broken + rows, 1);
 }
 
