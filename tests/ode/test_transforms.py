@@ -318,6 +318,7 @@ def test_a_compiled_model_gives_the_same_numbers_without_warnings(graphs: Callab
     found = []
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "Guards may run slower")  # the compiler's, on Python 3.13.0
         for network in (model, torch.compile(model, backend="aot_eager")):
             y = network(starts())
             found.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
