@@ -69,7 +69,7 @@ class _RowControl(ctypes.Structure):
         *((name, Pointer) for name in (
             "h", "t", "end", "stretch", "ceiling", "last", "before", "lands", "ended", "output",
             "moved", "next_t", "next_h", "size", "next_ceiling", "next_last", "next_before",
-            "accepted", "broken", "landed", "now_ended", "next_lands", "next_output", "times")),
+            "landed", "accepted", "broken", "now_ended", "next_lands", "next_output", "times")),
         ("outputs", Int), ("most", Int), ("smallest", Double),
     ]  # fmt: skip
 
@@ -134,18 +134,22 @@ def judge_rows(slopes: Sequence[torch.Tensor], weights: Sequence[float], y: torc
     """
     given, alive = _slopes(y, slopes, weights)
     steps = RowSteps(*[x.contiguous() for x in steps])
-    count = len(steps.h)
-    remembers = bool(control[1] or control[2])
-    numbers = torch.empty(7 if remembers else 5, count, dtype=torch.double)
-    flags = torch.empty(5, count, dtype=torch.bool)
+    count, remembers = len(steps.h), bool(control[1] or control[2])
+    kept = torch.empty(2, count, dtype=torch.double)  # memory of its own, for a solve keeps these of all its steps
+    landed = torch.empty(count, dtype=torch.bool)
+    numbers = torch.empty(5 if remembers else 3, count, dtype=torch.double)
+    flags = torch.empty(4, count, dtype=torch.bool)
     output = torch.empty_like(steps.output)
     *at, times = (x.data_ptr() for x in steps)
-    found = _RowControl(*tolerances, *control, order, *at, *_rows_of(numbers), *[None] * (7 - len(numbers)),
-                        *_rows_of(flags), output.data_ptr(), times, steps.times.shape[1])  # fmt: skip
+    found = _RowControl(
+        *tolerances, *control, order, *at, *_rows_of(kept), *_rows_of(numbers), *[None] * (5 - len(numbers)),
+        landed.data_ptr(), *_rows_of(flags), output.data_ptr(), times, steps.times.shape[1],
+    )  # fmt: skip
     breaks = int(_call("judge_rows", y, given, y.data_ptr(), y1.data_ptr(), count, ctypes.addressof(found)))
     del alive
-    moved, t, h, size, ceiling, *ratios = numbers.unbind()
-    accepted, broken, landed, ended, lands = flags.unbind()
+    moved, t = kept.unbind()
+    h, size, ceiling, *ratios = numbers.unbind()
+    accepted, broken, ended, lands = flags.unbind()
     last, before = ratios or (steps.last, steps.before)
     after = RowSteps(h, t, steps.end, steps.stretch, ceiling, last, before, lands, ended, output, steps.times)
     return Judged(accepted, broken, moved, landed, size, after, breaks, found.smallest, found.most)

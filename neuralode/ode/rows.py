@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from neuralode.errors import UsageError
-from neuralode.kernels.stages import RowSteps
+from neuralode.kernels.stages import Judged, RowSteps
 from neuralode.ode import combine
 from neuralode.ode.clock import RowClock, RowStep
 from neuralode.ode.dense import RowDenseOutput, Stop
@@ -68,12 +68,8 @@ class RowIntegration:
         self._finest = float(self._resolution.max()) if chunk == 1 else 0.0
         self._grew = torch.ones((), dtype=self.t.dtype, device=y.device)
         self._judges = chunk == 1 and not rows.shared and settings.method.adaptive
-        self._ahead: RowStep | None = None
-        """The next step, where the judgement of the last one has brought it along; and with it what follows here."""
-        self._smallest, self._most = 0.0, 0
-        """Smallest size; most output times that a row has just passed."""
-        self._passed = self.next
-        """The output time that comes next in each row."""
+        self._judged: Judged | None = None
+        """What became of the last step, where the kernels judged it and nothing was changed since."""
 
     def run(self, pause: Callable[[], bool] | None = None, on_step: Callable[[Step], None] | None = None) -> None:
         """Steps until every row has ended, or until `pause()` is true after a chunk."""
@@ -126,7 +122,7 @@ class RowIntegration:
         settings, y, f0 = self.settings, self.y, self.slope()
         if self.size is None:
             self.size = self._first(y, f0)
-        tried = self._ahead or self._plan(self.size)
+        tried = self._plan(self.size)
         graphs = self.field.graphs
         step = settings.method.step(self.field, *self.clock.place(tried), y, f0, None)
         taken, accepted, sound = self._judge(step, tried)
@@ -137,10 +133,13 @@ class RowIntegration:
         self.in_graph += self.field.graphs - graphs
 
     def _plan(self, size: torch.Tensor) -> RowStep:
-        """The steps of these sizes, no further than to the end."""
-        rest = (self.end - self.t).abs()
-        lands = size * self._stretch >= rest  # true of the rows that have ended, whose rest is zero
-        return RowStep(self.t, self.direction * torch.where(lands, rest, size), lands)
+        """The steps of these sizes, no further than to the end, and none of the rows that have ended."""
+        if self._judged is not None:
+            after = self._judged.after
+            return RowStep(after.t, after.h, after.lands)
+        goes_on, rest = ~self.ended, (self.end - self.t).abs()
+        lands = (size * self._stretch >= rest) & goes_on
+        return RowStep(self.t, self.direction * torch.where(lands, rest, size) * goes_on, lands)
 
     def _judge(self, step: Step, tried: RowStep) -> tuple[RowStep, torch.Tensor, bool]:
         """Moves the rows that accept on in time, and sets the sizes that come next.
@@ -149,18 +148,19 @@ class RowIntegration:
             The step as they take it, which rows accept, and whether all that the host has looked at is finite.
         """
         settings, method = self.settings, self.settings.method
-        self._ahead = None
         if self._judges and isinstance(method, RungeKutta):
-            steps = RowSteps(tried.h, tried.t, self.end, self._stretch, self._ceiling, self.last, self.before,
-                             tried.lands, self.ended, self.next, self.times)  # fmt: skip
-            judged = combine.judge_rows(step.stages, method.error_row, step.y0, step.y1, settings.tolerance,
-                                        settings.controller, method.error_order, steps)  # fmt: skip
+            steps = self._judged.after if self._judged else RowSteps(
+                tried.h, tried.t, self.end, self._stretch, self._ceiling, self.last, self.before, tried.lands,
+                self.ended, self.next, self.times,
+            )  # fmt: skip
+            judged = self._judged = combine.judge_rows(
+                step.stages, method.error_row, step.y0, step.y1, settings.tolerance, settings.controller,
+                method.error_order, steps,
+            )  # fmt: skip
             if judged is not None:
                 after = judged.after
-                self.t, self.ended, self.size = after.t, after.ended, judged.size
-                self._smallest, self._passed, self._most = judged.smallest, after.output, judged.most
-                self._ceiling, self.last, self.before, self._broken = *after[4:7], judged.broken
-                self._ahead = RowStep(after.t, after.h, after.lands)
+                self.t, self.ended, self.size, self._broken = after.t, after.ended, judged.size, judged.broken
+                self._ceiling, self.last, self.before = after.ceiling, after.last, after.before
                 return RowStep(tried.t, judged.moved, judged.landed), judged.accepted, not judged.breaks
         accepted, sound = ~self.ended, True
         if method.adaptive:
@@ -212,12 +212,13 @@ class RowIntegration:
             step.t, step.h = self.clock.place(record)
         self.extras.take(settings, step, record.t, record.h, self.field)
         if self._interior:
-            if not self._ahead:
+            before = self.next
+            if self._judged is not None:
+                self.next = self._judged.after.output
+            else:
                 way = (self.times[:, 1:-1] - self.t[:, None]) * self.direction[:, None]
-                self._passed = 1 + (way <= 0).sum(1)
-            passed = self._passed
-            self._unread.append((len(self.accepted), step, self.next, passed))
-            self.next = passed
+                self.next = 1 + (way <= 0).sum(1)
+            self._unread.append((len(self.accepted), step, before, self.next))
         self.accepted.append(record)
         f0 = step.end_slope(self.field)
         self.y, self.f0 = torch.where(keep, step.y1, step.y0), torch.where(keep, f0, step.f0)
@@ -240,15 +241,18 @@ class RowIntegration:
             Whether a step of the chunk overflowed.
         """
         assert self.size is not None
-        if self.chunk == 1 and (self._ahead or not self._interior):  # often one number tells that all goes well
-            smallest = self._smallest if self._ahead else float(torch.where(self.ended, math.inf, self.size).amin())
-            if smallest > self._finest:
-                self._read([self._most] if self._interior else [])
-                self.done = smallest == math.inf
-                if self.done:
-                    self._count()
-                return False
-        rest = (self.end - self.t).abs()
+        judged, smallest = self._judged, 0.0
+        if judged is not None:  # often one number tells that all goes well
+            smallest = judged.smallest
+        elif self.chunk == 1 and not self._interior:
+            smallest = float(torch.where(self.ended, math.inf, self.size).amin())
+        if smallest > self._finest:
+            self._read([judged.most] if judged is not None and self._interior else [])
+            self.done = smallest == math.inf
+            if self.done:
+                self._count()
+            return False
+        rest = torch.where(self.ended, 0.0, (self.end - self.t).abs())
         stuck = (self.t + self.direction * self.size == self.t) | (self._broken & (self.size <= self._resolution))
         stuck = stuck & ~self.ended
         seen = [self.ended.all(), stuck.any(), self._overflow, (rest / self.size).nan_to_num(0.0).max(), self._grew]
@@ -314,7 +318,7 @@ class RowIntegration:
 
     def hold(self, samples: torch.Tensor, y: torch.Tensor) -> None:
         """Goes on from y, without further steps for these samples, a mask that broadcasts against the state."""
-        self.y, self.ended, self._ahead = y, self.ended | samples.flatten(), None
+        self.y, self.ended, self._judged = y, self.ended | samples.flatten(), None
 
     def dense_output(self, packing: Packing, stop: Stop | None = None) -> RowDenseOutput:
         return RowDenseOutput(self.extras.dense, self.rows, packing, self.end, stop)

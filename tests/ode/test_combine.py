@@ -175,6 +175,32 @@ def test_the_kernels_leave_rows_alone_that_they_do_not_know() -> None:
         assert combine.judge_rows(slopes, ROW, *given, tolerance, Controller(), 5, tried(ones)) is None
 
 
+def test_what_a_solve_keeps_of_its_steps_lies_in_no_memory_besides() -> None:
+    y, slopes = state(100, 2)
+    steps = tried(torch.full((100,), 0.1, dtype=torch.float64))
+    judged = combine.judge_rows(slopes, ROW, y, y, Tolerance(1e-3, 1e-3), Controller(), 5, steps)
+    assert judged is not None
+    kept = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+        for x in (judged.moved, judged.after.t, judged.landed)
+    }
+    assert sum(kept.values()) == 100 * (8 + 8 + 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 3, 1030, 2500])
+def test_a_row_is_judged_alike_wherever_it_lies(width: int, dtype: torch.dtype) -> None:
+    y, slopes = state(700 if width < 10 else 7, width, dtype=dtype)
+    sizes = []
+    for first in (0, 2):
+        rows = [x[first:].contiguous() for x in (y, *slopes)]
+        steps = tried(torch.full((len(rows[0]),), 0.1, dtype=torch.float64))
+        judged = combine.judge_rows(rows[1:], ROW, rows[0], rows[0], Tolerance(1e-3, 1e-3), Controller(), 5, steps)
+        assert judged is not None
+        sizes.append(judged.size)
+    assert torch.equal(sizes[0][2:], sizes[1])
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_many_rows_are_judged_by_all_threads(threads: int) -> None:
     torch.set_num_threads(threads)
@@ -209,7 +235,7 @@ def test_rows_move_by_the_steps_that_stand_and_end_where_they_should() -> None:
     assert judged.landed.tolist() == [False, False, True, False, False]
     assert judged.after.t.tolist() == [0.1, 0.1, 1.0, 1.0, 0.0]
     assert judged.after.ended.tolist() == [False, False, True, True, False]
-    assert judged.after.lands.tolist() == [False, True, True, True, False]
+    assert judged.after.lands.tolist() == [False, True, False, False, False]
     torch.testing.assert_close(judged.after.h, torch.tensor([1.0, 0.9, 0.0, 0.0, -0.02], dtype=y.dtype))
     assert judged.smallest == pytest.approx(0.02)
     assert judged.after.output.tolist() == [3, 3, 4, 4, 1]

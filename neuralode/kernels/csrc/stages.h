@@ -93,7 +93,7 @@ struct RowControl {
     const int64_t* output;                      // the output time that comes next
     double *moved, *next_t, *next_h, *size;     // size: what the controller wants next_h to be
     double *next_ceiling, *next_last, *next_before;
-    uint8_t *accepted, *broken, *landed, *now_ended, *next_lands;  // broken: the error is not finite
+    uint8_t *landed, *accepted, *broken, *now_ended, *next_lands;  // broken: the error is not finite
     int64_t* next_output;
     const double* times;                        // [rows][outputs]
     int32_t outputs;
@@ -102,27 +102,32 @@ struct RowControl {
 };
 
 // Root mean squares of h Σ w k over rtol · max(|y|, |y1|) + atol for the rows `from` to `to`; NaN where one of them is.
+// A row's numbers are added up in the same order wherever it lies.
 template <typename T>
 inline void row_ratios(const Slopes& s, const T* y, const T* y1, int64_t from, int64_t to, int64_t width,
                        const RowControl& c, double* ratios) {
-    std::fill(ratios + from, ratios + to, 0.0);
-    for (int64_t i = from * width; i < to * width; i += PIECE) {
-        const int64_t end = std::min(i + PIECE, to * width);
-        T sum[PIECE];
-        combine(s, i, end - i, sum);
-        for (int64_t at = i; at < end;) {  // a piece holds many rows, or a part of one
-            const int64_t r = at / width, row_end = std::min(end, (r + 1) * width);
-            const T h = T(c.h[r]);
-            T squares = 0;
-            for (; at < row_end; at++) {
-                const T a = std::fabs(y[at]), b = std::fabs(y1[at]);
-                const T ratio = h * sum[at - i] / ((a > b || a != a ? a : b) * T(c.rtol) + T(c.atol));
-                squares += ratio * ratio;
+    const int64_t together = std::max<int64_t>(1, PIECE / width);  // rows in a piece, or one in several
+    for (int64_t first = from; first < to; first += together) {
+        const int64_t past = std::min(first + together, to);
+        std::fill(ratios + first, ratios + past, 0.0);
+        for (int64_t start = first * width; start < past * width; start += PIECE) {
+            const int64_t size = std::min(PIECE, past * width - start), part = std::min(size, width);
+            T sum[PIECE];
+            combine(s, start, size, sum);
+            for (int64_t i = 0; i < size; i += part) {
+                const int64_t r = (start + i) / width;
+                const T h = T(c.h[r]);
+                T squares = 0;
+                for (int64_t k = i; k < i + part; k++) {
+                    const T a = std::fabs(y[start + k]), b = std::fabs(y1[start + k]);
+                    const T ratio = h * sum[k] / ((a > b || a != a ? a : b) * T(c.rtol) + T(c.atol));
+                    squares += ratio * ratio;
+                }
+                ratios[r] += squares;
             }
-            ratios[r] += squares;
         }
     }
-    for (int64_t r = from; r < to; r++) ratios[r] = std::sqrt(ratios[r] / std::max<int64_t>(1, width));
+    for (int64_t r = from; r < to; r++) ratios[r] = std::sqrt(ratios[r] / width);
 }
 
 // What becomes of the step of each row: whether it stands, where the row is then, and which step is the next; returns
@@ -154,8 +159,8 @@ inline int64_t judge_rows(const Slopes& s, const T* y, const T* y1, int64_t rows
         c.now_ended[r] = c.ended[r] || c.landed[r];
         c.next_t[r] = c.landed[r] ? c.end[r] : c.t[r] + c.moved[r];
         const double rest = c.end[r] - c.next_t[r];
-        c.next_lands[r] = c.size[r] * c.stretch[r] >= std::fabs(rest);
-        c.next_h[r] = c.next_lands[r] ? rest : std::copysign(c.size[r], rest);
+        c.next_lands[r] = !c.now_ended[r] && c.size[r] * c.stretch[r] >= std::fabs(rest);
+        c.next_h[r] = c.now_ended[r] ? 0 : c.next_lands[r] ? rest : std::copysign(c.size[r], rest);
         const double* times = c.times + r * c.outputs;
         const double direction = times[c.outputs - 1] > times[0] ? 1 : -1;
         int64_t output = c.output[r];
