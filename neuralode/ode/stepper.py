@@ -85,29 +85,34 @@ class CountedField:
         self.traced = True
         """Whether autograd is to see how it depends on the state, as it does not with the adjoint equation."""
         self.writes = False
-        """Whether it has written into the state that it was given."""
+        """Whether it has written into the state or the time that it was given."""
         self.held: torch.Tensor | None = None
         """Samples whose slope is zero whatever the field says, in a shape that broadcasts against the state."""
 
     def __call__(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         self.nfe += 1
-        before = writes(y)
-        copy = y.detach().clone() if self.writes or self.nfe == 1 else None
+        before, before_t = writes(y), writes(t)
+        copies = (y.detach().clone(), t.detach().clone()) if self.writes or self.nfe == 1 else (None, None)
         dy = self.field(t, y, *self.args)
-        if writes(y) != before:
-            self.writes = True
-            # what leaves the numbers as they were, such as a clamp, may pass
-            if copy is None or not torch.allclose(copy, y, 0, 0, equal_nan=True):
-                raise UsageError(
-                    "the field writes into the state that it is given, which the solve still needs; make a new tensor, "
-                    "for example dy = -y instead of y *= -1, or start from y.clone()."
-                )
+        if before is not None and y._version != before:
+            self._check_written(y, copies[0], "state", "dy = -y instead of y *= -1, or start from y.clone()")
+        if before_t is not None and t._version != before_t:
+            self._check_written(t, copies[1], "time", "t = 2 * t instead of t *= 2, or start from t.clone()")
         if not isinstance(dy, torch.Tensor) or dy.shape != y.shape:
             self.refuse(dy, y)
         if self.held is not None:
             dy = dy.masked_fill(self.held, 0.0)
         self.graphs += dy.requires_grad
         return lasting(alike(dy, y))
+
+    def _check_written(self, x: torch.Tensor, copy: torch.Tensor | None, what: str, example: str) -> None:
+        """Raises UsageError if what the field has written into x changed it; a clamp, say, may leave it as it was."""
+        self.writes = True
+        if copy is None or not torch.allclose(copy, x, 0, 0, equal_nan=True):
+            raise UsageError(
+                f"the field writes into the {what} that it is given, which the solve still needs; make a new tensor, "
+                f"for example {example}."
+            )
 
 
 class Integration:

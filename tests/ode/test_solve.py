@@ -212,3 +212,18 @@ def test_a_field_that_writes_into_its_state_is_refused(how: dict[str, Any], part
     y0 = torch.ones(3, 2) if parts == 1 else (torch.ones(3, 2), torch.ones(3, 1))
     with pytest.raises(UsageError, match="writes into the state"):
         solve(writes, y0, [0.0, 1.0], **how)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {}, {"per_sample": True}, {"method": "rk4", "step_size": 0.1}, {"method": "esdirk4"}, {"checkpoint": "always"},
+        {"gradient": "adjoint"},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_field_that_writes_into_its_time_is_refused(how: dict[str, Any], dtype: torch.dtype) -> None:
+    y0 = torch.zeros(3, 2, dtype=dtype, requires_grad=True)
+    with pytest.raises(UsageError, match="writes into the time"):
+        solve(lambda t, y: t.mul_(2.0).cos() - y, y0, [0.5, 2.0], **how)

@@ -147,6 +147,14 @@ def test_fields_that_write_into_the_state_what_is_there(how: dict[str, Any]) -> 
         neuralode.odeint(lambda t, y: torch.tanh(layer(y.clamp_(-0.5, 0.5))), torch.ones(3, 2), T01, **how)
 
 
+@pytest.mark.parametrize("how", [{}, {"method": "rk4"}, {"method": "euler", "options": {"step_size": 0.1}}], ids=str)
+def test_fields_that_write_into_the_time_what_is_there(how: dict[str, Any]) -> None:
+    ours, theirs = (
+        package.odeint(lambda t, y: t.clamp_(0, 9).cos() - y, torch.ones(2), T01, **how) for package in BOTH
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("function", ["odeint", "odeint_adjoint"])
 def test_tolerances_of_a_wrong_shape(function: str) -> None:
     solve = getattr(neuralode, function)
