@@ -180,17 +180,24 @@ class _Equation:
                  like: torch.Tensor, stats: Stats, dense: DenseOutput | None):  # fmt: skip
         self.evaluate, self.inputs, self.like, self.stats, self.dense = evaluate, inputs, like, stats, dense
         self.inner = InnerGradient(inputs, known)
-        self.sizes = [x.numel() for x in inputs]
+        self.sizes = [len(self._flat(x)) for x in inputs]
 
     def zeros(self) -> torch.Tensor:
         return self.like.new_zeros(sum(self.sizes))
 
     def unflatten(self, parameters: torch.Tensor) -> list[torch.Tensor]:
         parts = parameters.split(self.sizes) if self.sizes else ()
-        return [
-            (part.real if not x.is_complex() and part.is_complex() else part).view_as(x).to(x.dtype)
-            for part, x in zip(parts, self.inputs, strict=True)
-        ]
+        return [self._unflat(part, x) for part, x in zip(parts, self.inputs, strict=True)]
+
+    def _flat(self, x: torch.Tensor) -> torch.Tensor:
+        """x as a part of the flat state: complex numbers are pairs of real ones, unless the state is complex."""
+        pairs = x.is_complex() and not self.like.is_complex()
+        return (torch.view_as_real(x.resolve_conj()) if pairs else x).flatten()
+
+    def _unflat(self, part: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if x.is_complex() and not part.is_complex():
+            return torch.complex(*part.to(x.dtype.to_real()).view(*x.shape, 2).unbind(-1))
+        return (part.real if part.is_complex() and not x.is_complex() else part).view_as(x).to(x.dtype)
 
     def rate(self, t: torch.Tensor, y: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
         """⟨cotangent, f(t, y)⟩, the gradient with respect to a time."""
@@ -215,7 +222,5 @@ class _Equation:
         if dy.requires_grad:
             products = torch.autograd.grad(dy, sources, -a, allow_unused=True)
             self.stats.nfe_backward += 1
-        flat = [
-            torch.zeros_like(x).flatten() if p is None else p.flatten() for p, x in zip(products, sources, strict=True)
-        ]
+        flat = [self._flat(torch.zeros_like(x) if p is None else p) for p, x in zip(products, sources, strict=True)]
         return torch.cat([*([] if self.dense is not None else [dy.detach().flatten()]), *flat]).to(self.like.dtype)

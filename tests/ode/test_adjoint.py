@@ -152,6 +152,24 @@ def test_complex_states_with_real_and_complex_parameters(options: dict[str, Any]
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_real_states_with_real_and_complex_parameters(options: dict[str, Any]) -> None:
+    found = []
+    for gradient in ("exact", "adjoint"):
+        rate = torch.tensor([0.3 - 1.1j, -0.2 + 0.7j], dtype=torch.complex128, requires_grad=True)
+        force = torch.tensor(0.1 + 0.4j, dtype=torch.complex64, requires_grad=True)
+        y0, real, t = leaf(0.5, 0.2, 1.0, -0.3), leaf(0.4), leaf(0.0, 0.4, 1.0)
+
+        def field(t: torch.Tensor, y: torch.Tensor, real=real, rate=rate, force=force) -> torch.Tensor:
+            return real * torch.view_as_real(rate * torch.view_as_complex(y.view(2, 2)) + force).flatten()
+
+        config = SolverConfig(gradient=gradient, **TIGHT, **(options if gradient == "adjoint" else {}))
+        ys = solve_configured(field, y0, t, config).ys
+        found.append(list(torch.autograd.grad(loss(ys), [y0, t, real, rate, force])))
+    assert [g.dtype for g in found[1]] == [g.dtype for g in found[0]]
+    assert distance(found[1], found[0]) < 1e-6
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_nfe_backward_counts_the_products(method: str, options: dict[str, Any]) -> None:
     if method == "rk4" and options.get("adjoint_interpolated"):
