@@ -7,23 +7,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from neuralode.ode.rows import Loop
 
 _BYTES: weakref.WeakKeyDictionary[Any, dict[Any, int]] = weakref.WeakKeyDictionary()
-"""Bytes that one evaluation's graph holds, by field, and by the shape and type of the state."""
+"""Bytes that one evaluation's graph holds, by field, and by the state's kind and what wants a gradient."""
 
 
 class MemoryBudget:
     """Ends the keeping of graphs when they have taken their share of memory.
 
-    What one evaluation keeps is measured once for each field and shape of state, at the solve's first evaluation.
+    What one evaluation keeps is measured once for each field and kind of state, at the solve's first evaluation.
     """
 
     def __init__(self, budget: int, field: Callable[..., Any], integration: Loop):
         self.integration, self.budget = integration, budget
         y = integration.y
-        key = (y.shape, y.dtype, y.device)
+        trained = tuple(p.requires_grad for p in field.parameters()) if isinstance(field, nn.Module) else ()
+        key = (y.shape, y.dtype, y.device, y.requires_grad, trained)
         state = y.numel() * y.element_size()
         try:
             known = _BYTES.setdefault(field, {})
@@ -31,7 +33,8 @@ class MemoryBudget:
             known = {}
         # others' hooks, as activation checkpointing has them, must see the same in every solve: nothing is measured
         hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        if not hooked and key not in known:
+        # that nothing is kept is not remembered: what a function calls may be trained later
+        if not hooked and not known.get(key):
             known[key] = _bytes_kept_by(integration.slope, state)
         self.each = (_GUESS * state if hooked else known[key]) + 2 * state
 

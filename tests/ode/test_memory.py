@@ -229,3 +229,20 @@ def test_a_budget_holds_for_the_field_that_it_is_used_with() -> None:
         with_graph.append(field.graphs)
         del final
     assert with_graph[0] > 4 * with_graph[1]
+
+
+@pytest.mark.parametrize("frozen", ["all", "first"])
+@pytest.mark.parametrize("module", [True, False])
+def test_a_budget_holds_for_a_field_that_was_frozen_before(frozen: str, module: bool) -> None:
+    with_graph = []
+    for before in (False, True):
+        field = Recording(64)
+        used = field if module else lambda t, y, field=field: field(t, y)
+        if before:
+            (field if frozen == "all" else field.first).requires_grad_(False)
+            solve(used, batch(16), [0.0, 1.0], method="rk4", step_size=0.5)
+            field.requires_grad_(True)
+        final = solve(used, batch(16), [0.0, 1.0], **RK4, memory_budget=150_000).final
+        with_graph.append(field.graphs)
+        del final
+    assert with_graph[0] == with_graph[1] < 60
