@@ -9,10 +9,12 @@ import torch
 
 from neuralode.errors import UsageError
 from neuralode.ode.dense import DensePiece, Stop
+from neuralode.ode.implicit import linearise
 from neuralode.ode.packing import Packing
 from neuralode.ode.rows import Loop, RowIntegration
 from neuralode.ode.solution import Events
 from neuralode.ode.stepper import Integration
+from neuralode.ode.tolerance import in_transform
 
 Event = Callable[..., torch.Tensor]
 """`g(t, y, *args)`: one number a sample, [B], or one number, [], for the state as a whole."""
@@ -75,6 +77,8 @@ class EventWatch:
         moved = torch.as_tensor(piece.h, device=self.index.device).expand(self.index.shape) != 0
         time, y = self._at(piece, 1.0)
         values = torch.stack(self._values(time, y))
+        if in_transform():
+            self._refuse_vmap(values)
         self._refuse_nan(values, time, y)
         values = values.sign()
         crossing = (values != self.signs) & (self.signs != 0) & moved & ~self.happened
@@ -86,6 +90,16 @@ class EventWatch:
         self.index = torch.where(met, first, self.index)
         self.signs = torch.where((values != 0) & moved, values, self.signs)
         return met
+
+    def _refuse_vmap(self, values: torch.Tensor) -> None:
+        """Raises UsageError if the events are those of several states at once."""
+        try:
+            bool((values != 0).any())
+        except RuntimeError:
+            raise UsageError(
+                "events do not work inside torch.func.vmap; leave it out and give all samples in one state, along "
+                "dimension 0."
+            ) from None
 
     def _refuse_nan(self, values: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
         """Raises UsageError if an event says nothing of a sample whose state is finite."""
@@ -130,12 +144,8 @@ class EventWatch:
         """
         events = self.index.clamp(min=0)
         high = fraction = self._bisected(piece, events)
-        with torch.enable_grad():
-            moving = high.clone().requires_grad_()
-            value = self._chosen(piece, moving, events)
-            slope = torch.zeros_like(high)
-            if value.requires_grad:
-                (slope,) = torch.autograd.grad(value.sum(), moving, allow_unused=True, materialize_grads=True)
+        value, pull = linearise(lambda _, at: self._chosen(piece, at, events), high, high)
+        slope = pull(torch.ones_like(value)).detach()
         sloped = met & (slope != 0)
         for _ in range(_DERIVATIVES):
             shift = self._chosen(piece, fraction, events) / torch.where(sloped, slope, 1.0)

@@ -132,7 +132,7 @@ class _Newton:
             UsageError: if the samples depend on each other, where the Jacobian, and with it the gradient, were wrong;
                 or if the field has no Jacobian for autograd.
         """
-        slope, pull = _linearise(self.field, t, y)
+        slope, pull = linearise(self.field, t, y)
         if not slope.requires_grad and not in_transform() and getattr(self.field, "traced", True):
             self._check_constant(t, y, slope)
         jacobian = _jacobian(pull, y)
@@ -176,17 +176,17 @@ class _Newton:
                 return slope
             renewed = last is not None and slowest > self.FAST
             if renewed:
-                self._factorise(_jacobian(_linearise(self.field, t, base + self.weight * slope)[1], base))
+                self._factorise(_jacobian(linearise(self.field, t, base + self.weight * slope)[1], base))
             last = size
         return torch.where(open_[..., None], math.nan, _columns(slope)).reshape(slope.shape)
 
     def attach(self, t: torch.Tensor, at: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
         """`slope` = f(t, at), solved for outside the graph, with its gradient to all that `at` and f depend on."""
-        here, pull = _linearise(self.field, t, at) if at.requires_grad else (self.field(t, at), None)
+        here, pull = linearise(self.field, t, at) if at.requires_grad else (self.field(t, at), None)
         if not here.requires_grad:
             return slope
         with torch.no_grad():
-            self._factorise(_jacobian(pull or _linearise(self.field, t, at)[1], at))
+            self._factorise(_jacobian(pull or linearise(self.field, t, at)[1], at))
         attached: torch.Tensor = _Solved.apply(here, slope, *self.factors)
         return attached
 
@@ -245,7 +245,7 @@ def _columns(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(samples, x.numel() // max(samples, 1), 1)
 
 
-def _linearise(
+def linearise(
     field: Evaluate, t: torch.Tensor, y: torch.Tensor
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """f(t, y) with its graph, and the map from a cotangent v to vᵀ∂f/∂y, all in the shape of y."""

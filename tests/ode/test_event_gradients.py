@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
+from neuralode.errors import UsageError
 from neuralode.ode import solve
 from tests.ode.test_events import BY_SAMPLE, SPAN, TIGHT, at_rest, ball, ground, settings, thrown
 
@@ -163,3 +165,44 @@ def test_derivatives_to_third_order_are_those_of_the_formula(per_sample: bool) -
         # each derivative takes an order of the dense output's accuracy
         for rtol, got, wanted in zip((1e-8, 1e-8, 1e-5, 1e-5, 1e-3, 1e-3), *derivatives, strict=True):
             torch.testing.assert_close(got, wanted, rtol=rtol, atol=0)
+
+
+def too_fast(t: torch.Tensor, y: torch.Tensor, gravity: torch.Tensor) -> torch.Tensor:
+    return y[:, 1] < -2.5
+
+
+def landing(y0: torch.Tensor, gravity: torch.Tensor, **how: Any) -> torch.Tensor:
+    """A sum of when, and how fast, the balls land or are too fast."""
+    solution = solve(thrown, y0, SPAN, args=(gravity,), events=[ground, too_fast], rtol=1e-10, atol=1e-10, **how)
+    weights = torch.tensor([1.0, -2.0, 0.7], dtype=torch.float64)
+    assert solution.events.index.tolist() == [1, 0, 0]
+    return (weights * (solution.events.ts + solution.events.ys[:, 1] + solution.final[:, 1])).sum()
+
+
+@pytest.mark.parametrize("how", [{}, {"dense": True}, {"method": "tsit5"}], ids=str)
+@pytest.mark.parametrize("transform", [grad, jacrev, jacfwd], ids=lambda f: f.__name__)
+def test_derivatives_by_torch_func(transform: Callable[..., Any], how: dict[str, Any]) -> None:
+    y0, gravity = at_rest().requires_grad_(), torch.tensor(2.1, dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(landing(y0, gravity, **how), (y0, gravity))
+    found = transform(lambda y0, gravity: landing(y0, gravity, **how), argnums=(0, 1))(y0.detach(), gravity.detach())
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    _, tangent = jvp(lambda y0: landing(y0, gravity.detach(), **how), (at_rest(),), (torch.ones_like(y0),))
+    torch.testing.assert_close(tangent, wanted[0].sum(), rtol=1e-9, atol=1e-10)
+
+
+def test_second_derivatives_by_torch_func() -> None:
+    gravity = torch.tensor(2.1, dtype=torch.float64)
+    found = hessian(lambda gravity: landing(at_rest(), gravity))(gravity)
+    gravity.requires_grad_()
+    (first,) = torch.autograd.grad(landing(at_rest(), gravity), gravity, create_graph=True)
+    torch.testing.assert_close(found, *torch.autograd.grad(first, gravity), rtol=1e-6, atol=1e-8)
+
+
+def test_events_of_mapped_states_are_refused() -> None:
+    def when(y: torch.Tensor) -> torch.Tensor:
+        return solve(ball, y[None], SPAN, events=ground).events.ts.sum()
+
+    for mapped in (when, grad(when)):
+        with pytest.raises(UsageError, match=r"events.*torch\.func\.vmap"):
+            vmap(mapped)(at_rest())
