@@ -56,7 +56,7 @@ class ODEBlock(nn.Module):
         self._number = register(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "stats": None}  # which may hold a graph
+        return {**super().__getstate__(), "stats": None}  # which may hold a graph
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

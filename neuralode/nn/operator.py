@@ -276,12 +276,23 @@ def _states(number: int, y0: torch.Tensor, t: torch.Tensor, held: Sequence[torch
         if name := _loose(module):
             raise UsageError(f"the field holds the tensor {name!r}, which is no parameter and no buffer, {_UNSEEN}")
     names = [name for name, _ in (*block.named_parameters(), *block.named_buffers())]
-    given, versions = dict(zip(names, held, strict=True)), list(map(_version, held))
-    ys = cast(torch.Tensor, torch.func.functional_call(block, given, (y0, t), {"prepared": True}))
+    given, versions = {f"block.{name}": x for name, x in zip(names, held, strict=True)}, list(map(_version, held))
+    ys = cast(torch.Tensor, torch.func.functional_call(_Uncompiled(block), given, (y0, t)))
     for name, x, version in zip(names, held, versions, strict=True):
-        if given[name] is not x or _version(x) != version:
+        if given[f"block.{name}"] is not x or _version(x) != version:
             raise UsageError(f"a call of the field changes {name!r}, which is lost inside torch.compile; {_REMEDY}")
     return ys
+
+
+class _Uncompiled(nn.Module):
+    """A block's own forward, without its hooks and without what `block.compile()` put in the place of its call."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, y0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.block.forward(y0, t, prepared=True))
 
 
 def _version(x: torch.Tensor) -> int:

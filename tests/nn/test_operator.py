@@ -46,6 +46,23 @@ def test_a_model_is_compiled_whole(options: dict[str, Any], output: str) -> None
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("around", [False, True])
+def test_compiled_in_place(around: bool) -> None:
+    block = make()
+    plain, calls = copy.deepcopy(block), [0]
+    block.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    module = nn.Sequential(block) if around else block
+    module.compile(backend="aot_eager", fullgraph=True)
+    x = torch.randn(8, 4).double()
+    found = []
+    for call in (plain, module):
+        y = call(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), list(call.parameters()))])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert calls[0] == 1
+
+
 def test_the_kernels_serve_inside() -> None:
     block = make()
     y0 = torch.randn(8, 4).double()
@@ -77,6 +94,7 @@ def test_times_get_their_gradient() -> None:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
 def test_a_copy_solves_with_its_own_parameters(duplicate: Any) -> None:
     block = make()
+    block.compile(fullgraph=True, backend="eager")
     other = duplicate(block)
     with torch.no_grad():
         for parameter in other.parameters():
