@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,7 +24,10 @@ def _silu_slope(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Ten
 
 def _softplus_slope(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     assert isinstance(layer, nn.Softplus)
-    return torch.sigmoid(layer.beta * x)
+    slope = torch.sigmoid(layer.beta * x)
+    if layer.threshold >= 20:  # where it is one in any case
+        return slope
+    return torch.where(layer.beta * x > layer.threshold, 1.0, slope)
 
 
 _SLOPES: dict[type[nn.Module], Slope] = {
@@ -39,9 +43,10 @@ class DensityField(nn.Module):
     """A state and the logarithm of its density, dy/dt = f(t, y) and d log p/dt = −tr ∂f/∂y.
 
     The instantaneous change of variables (Chen et al. 2018, equation 8). The state of a solve is the tuple (y, log p),
-    of shapes [B, D] and [B]. Of an MLPField with tanh, sigmoid, softplus or silu the trace is written out: with one
-    hidden layer it is a sum, with two one more product, tr J = σ₂′ᵀ (W₂ ∘ (W₁ W₃)ᵀ) σ₁′, beyond that D tangents; the
-    kernels know all of these. Of any other field it takes D products with the Jacobian.
+    of shapes [B, D] and [B]. Of an MLPField with tanh, sigmoid, softplus or silu whose layers are plain ones without
+    hooks the trace is written out: with one hidden layer it is a sum, with two one more product,
+    tr J = σ₂′ᵀ (W₂ ∘ (W₁ W₃)ᵀ) σ₁′, beyond that D tangents; the kernels know all of these. Of any other field it takes
+    D products with the Jacobian.
 
     Args:
         field: f(t, y), states [B, D].
@@ -120,18 +125,17 @@ def _derivative(field: nn.Module, t: torch.Tensor, y: torch.Tensor) -> tuple[tor
 class _Layers:
     """An MLPField taken apart."""
 
-    def __init__(self, field: MLPField):
-        self.net, self.power = field.net, field.power
-        linear = [layer for layer in field.net if isinstance(layer, nn.Linear)]
-        features = linear[-1].out_features
-        self.weights = [linear[0].weight[:, :features], *(layer.weight for layer in linear[1:])]
+    def __init__(self, field: MLPField, layers: list[Any]):
+        self.field, self.layers, self.power = field, layers, field.power
+        first, *others = (layer.weight for layer in layers[::2])
+        features = others[-1].shape[0] if others else first.shape[0]
+        self.weights = [first[:, :features], *others]
         """Of the layers as functions of the state: the time's column is left out."""
-        self.field = field
 
     def run(self, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """f(t, y) and the derivatives of the activations, [B, width] each."""
         x, slopes = self.field.inputs(t, y), []
-        for layer in self.net:
+        for layer in self.layers:
             value = layer(x)
             slope = _SLOPES.get(type(layer))
             if slope:
@@ -141,8 +145,16 @@ class _Layers:
 
 
 def _layers(field: nn.Module) -> _Layers | None:
-    """The field's layers, if it is an MLPField whose activations have a derivative here."""
-    if type(field) is not MLPField or field._forward_hooks or field._forward_pre_hooks:
+    """The field's layers, if it is an MLPField as it was made, whose activations have a derivative here."""
+    if type(field) is not MLPField or type(net := cast(Any, field.net)) is not nn.Sequential:
         return None
-    known = all(isinstance(layer, nn.Linear) or type(layer) in _SLOPES for layer in field.net)
-    return _Layers(field) if known else None
+    layers = list(net)
+    linear = all(type(layer).forward is nn.Linear.forward for layer in layers[::2])
+    known = linear and len(layers) % 2 and all(type(layer) in _SLOPES for layer in layers[1::2])
+    return _Layers(field, layers) if known and all(map(_is_plain, (field, net, *layers))) else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call of a module is the forward of its class, without hooks, and leaves its argument as it was."""
+    own = module.__dict__
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in own or own.get("inplace"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,6 +39,60 @@ def test_the_exact_trace_is_that_of_the_jacobian(options: dict[str, Any]) -> Non
     trace = jacobian_of(field, t, y).diagonal(dim1=1, dim2=2).sum(1)
     torch.testing.assert_close(dy, field(t, y))
     torch.testing.assert_close(change, -trace)
+
+
+class LowRank(nn.Linear):
+    """A linear layer with an update of low rank beside it."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__(before, after)
+        self.down, self.up = nn.Linear(before, 2), nn.Linear(2, after)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.up(self.down(x))
+
+
+def hooked(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def patched(layer: nn.Module) -> None:
+    layer.forward = torch.sin  # type: ignore[assignment]
+
+
+CHANGES: dict[str, Callable[[MLPField], Any]] = {
+    "a subclass": lambda field: field.net.__setitem__(2, LowRank(7, 6)),
+    "a hook on a layer": lambda field: hooked(field.net[2]),
+    "a hook on an activation": lambda field: hooked(field.net[1]),
+    "a hook on the network": lambda field: hooked(field.net),
+    "a hook before an activation": lambda field: field.net[1].register_forward_pre_hook(lambda _, xs: (2 * xs[0],)),
+    "a forward of its own": lambda field: patched(field.net[1]),
+    "another softplus": lambda field: field.net.__setitem__(1, nn.Softplus(beta=3, threshold=1)),
+    "in place": lambda field: field.net.__setitem__(1, nn.SiLU(inplace=True)),
+    "normalised weights": lambda field: nn.utils.parametrizations.weight_norm(field.net[2]),
+    "weights normalised by a hook": lambda field: nn.utils.weight_norm(field.net[2]),
+    "two linear layers in a row": lambda field: field.net.__setitem__(1, nn.Linear(7, 7)),
+    "tanh first": lambda field: field.net.insert(0, nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_network_that_was_changed_has_the_trace_of_what_it_is_now(change: str, trace: str) -> None:
+    field, t = make({"hidden": [7, 6]}), torch.tensor(0.4).double()
+    CHANGES[change](field)
+    density, y = DensityField(field.double(), trace=trace), torch.randn(5, 3).double()
+    with torch.no_grad():
+        for parameter in field.parameters():  # a weight that a hook makes of these is an old one now
+            parameter.mul_(1.5)
+    density.draw(y)
+    signs, jacobian = density.noise, jacobian_of(field, t, y)
+    exact = torch.einsum("bii->b", jacobian)
+    wanted = exact if trace == "exact" else torch.einsum("bi,bij,bj->b", signs, jacobian, signs)
+    dy, change_of_density = density(t, (y, torch.zeros(5).double()))
+    torch.testing.assert_close(change_of_density, -wanted)
+    torch.testing.assert_close(dy, field(t, y))
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
