@@ -25,7 +25,8 @@ class ODEBlock(nn.Module):
     a bfloat16 field would defeat the error estimate.
 
     Args:
-        field: `f(t, y)` or `f(y)`, a module or a function, returning dy/dt in the shape of y.
+        field: `f(t, y)` or `f(y)`, a module or a function, returning dy/dt in the shape of y. If all arguments but the
+            first have a default, the first is the state, unless its name is t or time.
         solver: method, tolerances, gradient and time span.
         augment: zeros appended along dimension 1 before the solve (ANODE, Dupont et al. 2019); the field then acts
             on the larger state and the block returns it.
@@ -129,7 +130,7 @@ class _Autonomous(nn.Module):
         return self.field(y)
 
 
-_TIMES = ("t", "time", "s", "")
+_TIMES = ("t", "time", "")
 """Names of a first parameter that is the time, where the second has a default."""
 
 

@@ -66,6 +66,14 @@ def test_fields_of_every_kind(field: Any) -> None:
     torch.testing.assert_close(final, Y0 * torch.tensor(-1.0).exp(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "field", [lambda s, k=2.0: -k * s, lambda x, t=0.0: -2 * x, lambda t, y=None: -2 * y, lambda _, y=None: -2 * y]
+)
+def test_an_argument_with_a_default_is_no_state_unless_the_first_is_the_time(field: Any) -> None:
+    final = ODEBlock(field, SolverConfig(rtol=1e-6, atol=1e-6))(Y0)
+    torch.testing.assert_close(final, Y0 * torch.tensor(-2.0).exp(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(2,), (5, 2), (2, 3, 2), (1, 8, 4, 4)], ids=str)
 def test_states_of_every_shape(shape: tuple[int, ...]) -> None:
     field = ConvField(8) if len(shape) == 4 else MLPField(2, [4])
