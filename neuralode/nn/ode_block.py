@@ -33,6 +33,9 @@ class ODEBlock(nn.Module):
         output: `final` returns y(t1), `trajectory` all requested times, [T, *shape].
     """
 
+    autonomous: bool
+    """Whether the field is f(y)."""
+
     def __init__(
         self,
         field: Callable[..., Any],
@@ -51,10 +54,14 @@ class ODEBlock(nn.Module):
         self.field = field
         self.solver = solver or SolverConfig()
         self.augment, self.output = augment, output
-        self.autonomous = _takes_state_alone(field)
         self.stats: Stats | None = None
         """Statistics of the last call."""
         self._number = register(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "field":  # also one that takes another's place
+            self.autonomous = _takes_state_alone(value)
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "stats": None}  # which may hold a graph

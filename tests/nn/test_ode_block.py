@@ -107,6 +107,16 @@ def test_solve_returns_the_solution() -> None:
     assert torch.equal(solution.final, block(Y0))
 
 
+def test_a_field_in_the_place_of_another_takes_its_own_arguments() -> None:
+    block = ODEBlock(Decay())
+    wanted = block(Y0)
+    for field in (DecayOfState(), Decay()):
+        block.field = field
+        assert torch.equal(block(Y0), wanted)
+        assert torch.equal(block.vector_field(torch.tensor(0.0), Y0), -Y0)
+        assert torch.equal(copy.deepcopy(block)(Y0), wanted)
+
+
 def test_span_may_run_backwards() -> None:
     forth, back = ODEBlock(mlp(), SolverConfig(rtol=1e-7, atol=1e-7)), ODEBlock(mlp())
     back.solver = SolverConfig(rtol=1e-7, atol=1e-7, t_span=[1.0, 0.0])
