@@ -119,6 +119,8 @@ class ODEBlock(nn.Module):
         return torch.cat([y0, y0.new_zeros(y0.shape[0], self.augment, *y0.shape[2:])], dim=1)
 
     def _prepare(self, y0: State) -> State:
+        if not all(isinstance(part, torch.Tensor) for part in tensors(y0) or [y0]):
+            raise UsageError(f"y0 is a {type(y0).__name__}; give the initial state as a tensor or a tuple of tensors.")
         if isinstance(y0, tuple):
             if self.augment:
                 raise UsageError("a tuple state cannot be augmented; append the zeros to the part that needs them.")
@@ -148,13 +150,18 @@ def _takes_state_alone(field: Callable[..., Any]) -> bool:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:
         return True  # a builtin such as torch.neg, which has no signature, acts on the state
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return False
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in positional if p.default is p.empty]
     if len(required) > 1 or not positional:
         return False
-    return len(positional) == 1 or positional[0].name.strip("_").lower() not in _TIMES
+    names, is_time = [p.name for p in positional], positional[0].name.strip("_").lower() in _TIMES
+    others = [f"*{p.name}" for p in parameters if p.kind is p.VAR_POSITIONAL]
+    if others and not is_time:
+        raise UsageError(
+            f"the field takes ({', '.join(names + others)}), and {names[0]} may be the state or the time; give it as "
+            "f(y) or f(t, y)."
+        )
+    return not others and (len(positional) == 1 or not is_time)
 
 
 def _full_precision(y: torch.Tensor, field: Any) -> torch.Tensor:

@@ -223,6 +223,22 @@ def test_parameters_in_half_precision_are_refused(dtype: torch.dtype) -> None:
         ODEBlock(mlp()).to(dtype)(Y0.to(dtype))
 
 
+@pytest.mark.parametrize(
+    ("y0", "name"),
+    [([Y0, Y0], "list"), (Y0.numpy(), "ndarray"), ((Y0, [Y0]), "tuple"), ((), "tuple"), (None, "NoneType")],
+    ids=["list", "array", "list in a tuple", "empty", "nothing"],
+)
+def test_states_that_are_no_tensors_are_refused(y0: Any, name: str) -> None:
+    with pytest.raises(UsageError, match=f"y0 is a {name}; give the initial state as a tensor or a tuple of tensors"):
+        ODEBlock(decay)(y0)
+
+
+@pytest.mark.parametrize("field", [lambda x, *args: -x, lambda x, *args, **options: -x, lambda x, k=1.0, *args: -k * x])
+def test_a_field_that_leaves_open_whether_it_takes_the_time_is_refused(field: Any) -> None:
+    with pytest.raises(UsageError, match=r"the field takes \(x.*\*args.*as f\(y\) or f\(t, y\)"):
+        ODEBlock(field)
+
+
 def test_failed_solve_raises() -> None:
     with pytest.raises(SolveError):
         ODEBlock(mlp(), SolverConfig(max_steps=1, rtol=1e-9))(Y0)
