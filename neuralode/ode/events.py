@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,11 @@ from neuralode.ode.stepper import Integration
 from neuralode.ode.tolerance import in_transform
 
 Event = Callable[..., torch.Tensor]
-"""`g(t, y, *args)`: one number a sample, [B], or one number, [], for the state as a whole."""
+"""`g(t, y, *args)`: one number a sample, [B], or one number, [], for the state as a whole.
+
+With an attribute `direction` only crossings in that direction count, as in scipy's `solve_ivp`: from negative to
+positive if it is positive, from positive to negative if it is negative, both if it is zero.
+"""
 _BISECTIONS = 60
 _DERIVATIVES = 3
 """Of which order the derivatives of an event are right, at most."""
@@ -51,6 +56,8 @@ class EventWatch:
         with torch.no_grad():
             self.signs = torch.stack(self._values(loop.moment(), y)).sign()
             """Signs of the events after the last step, [E, B]; of the last value that was not zero."""
+        directions = torch.tensor([_direction(event) for event in self.events], device=y.device)
+        self.directions = directions.reshape(-1, *[1] * (self.signs.dim() - 1))
         self.index = torch.full_like(self.signs[0], -1, dtype=torch.long)
         self.times = torch.zeros_like(self.signs[0], dtype=y.dtype.to_real())
         self.found: Events | None = None
@@ -82,6 +89,7 @@ class EventWatch:
         self._refuse_nan(values, time, y)
         values = values.sign()
         crossing = (values != self.signs) & (self.signs != 0) & moved & ~self.happened
+        crossing = crossing & (self.directions * self.signs <= 0)
         first = crossing.int().argmax(0)
         if len(self.events) > 1 and bool((crossing.sum(0) > 1).any()):
             at = [self._bisected(piece, torch.full_like(first, which)) for which in range(len(self.events))]
@@ -192,3 +200,11 @@ class EventWatch:
                     "first one does so, a scalar tensor for the whole state."
                 )
         return [2.0 * value - 1 if value.dtype == torch.bool else value for value in values]
+
+
+def _direction(event: Event) -> float:
+    """In which direction an event counts; zero for both."""
+    given = getattr(event, "direction", 0)
+    if not isinstance(given, numbers.Real):
+        raise UsageError(f"an event has the direction {given!r}; give a number: positive, negative, or 0 for both.")
+    return float(given)

@@ -70,10 +70,12 @@ def solve(
         dense: also return the solution as a function of time, `Solution.dense`.
         events: `g(t, y, *args)`, or several: the solve of a sample ends where one of them crosses zero, or, where it
             returns a bool, changes. It returns one number a sample, [B], and receives t in a shape that broadcasts
-            against the state; or a scalar, for an event of the state as a whole. Two crossings within one step are
-            not seen. From its event on a sample stays as it is, with a slope of zero, also where samples share their
-            steps. `Solution.events` has the times and states, differentiable three times; the time of an event without
-            a gradient (a bool, a sign, a detached state) is a constant.
+            against the state; or a scalar, for an event of the state as a whole. If it has an attribute `direction`,
+            only crossings from negative to positive count (a positive one) or from positive to negative (a negative
+            one), as in scipy. Two crossings within one step are not seen. From its event on a sample stays as it is,
+            with a slope of zero, also where samples share their steps. `Solution.events` has the times and states,
+            differentiable three times; the time of an event without a gradient (a bool, a sign, a detached state) is
+            a constant.
         throw: raise SolveError on failure; otherwise return a Solution whose status says what happened and whose
             states are NaN.
 
