@@ -193,8 +193,9 @@ def _times(t: torch.Tensor | Sequence[float], like: torch.Tensor) -> torch.Tenso
     real = like.real.dtype if like.is_complex() else like.dtype
     if not real.is_floating_point:
         raise UsageError(f"the state is of type {like.dtype}; a solve needs a floating-point or complex state.")
+    precise = torch.promote_types(real, torch.float32)  # neighbouring times may be one in half precision
     try:
-        ts = t.to(like.device) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=real, device=like.device)
+        ts = t.to(like.device) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=precise, device=like.device)
     except (TypeError, ValueError):
         raise UsageError(f"t is {reprlib.repr(t)}; give the times as numbers, [0.0, 1.0], or as a tensor.") from None
     if ts.dim() not in (1, 2) or ts.shape[-1] < 2:

@@ -50,6 +50,19 @@ def test_type_of_the_state_is_kept(dtype: torch.dtype) -> None:
     assert solve(decay, Y0.to(dtype), [0, 1]).ys.dtype == dtype
 
 
+@pytest.mark.parametrize("how", [{}, {"per_sample": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_times_of_a_state_in_half_precision(dtype: torch.dtype, how: dict[str, Any]) -> None:
+    times = [i / 300 for i in range(301)]
+    y0 = torch.ones(3, 2, dtype=dtype, requires_grad=True)
+    solution = solve(decay, y0, times, rtol=0.1, atol=0.1, **how)
+    assert solution.ys.dtype == dtype
+    torch.testing.assert_close(solution.ts, torch.tensor(times))
+    torch.testing.assert_close(solution.ys[:, 0, 0].float(), (-solution.ts).exp(), rtol=0, atol=0.05)
+    (gradient,) = torch.autograd.grad(solution.final.sum(), y0)
+    torch.testing.assert_close(gradient.float(), torch.full((3, 2), math.exp(-1)), rtol=0, atol=0.05)
+
+
 def test_args_reach_the_field() -> None:
     final = solve(lambda t, y, a, b: a * y + b, Y0, [0.0, 1.0], args=(torch.tensor(0.0), 3.0)).final
     torch.testing.assert_close(final, Y0 + 3)
