@@ -120,7 +120,7 @@ def _evaluate(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[
     try:
         with _eager(), _NoLooking(writer), recorder:
             dy = field(t, tuple(parts) if isinstance(y, tuple) else parts[0], *args)
-        if reason := writer.refusal or watch.changes():  # also if the field has caught the exception
+        if reason := writer.refusal or watch.changes() or writer.loss():  # also if the field has caught the exception
             raise NotLowered(reason)
         program = _end(writer, y, dy)
     except NotLowered:
@@ -269,6 +269,8 @@ class _Recorder(TorchDispatchMode):
             out = func(*args, **kwargs)  # of constants alone: what comes of it is a constant
             writer.keep(out)
             writer.made.append(Made(func, args, kwargs, out))
+            if writer.grad and torch.is_grad_enabled() and writer.touches(args, kwargs, or_gradients=True):
+                writer.with_history.append(writer.made[-1])
             if func is torch.ops.aten.t.default:
                 writer.transposed[key_of(out)] = args[0]
             return out

@@ -20,7 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from neuralode.kernels.places import Counter
 from neuralode.kernels.program import Program
-from neuralode.kernels.values import Made, Writer
+from neuralode.kernels.values import Made, Writer, flat
 from neuralode.kernels.watch import HOOKS, Watch, hooks_everywhere
 
 _USES = 256
@@ -111,7 +111,7 @@ def forget(field: Callable[..., Any]) -> None:
 
 def _needed(held: set[int], writer: Writer) -> list[Made] | None:
     """The operations on what the field holds that make the program's tensors; None if some come from elsewhere."""
-    makers = {id(x): step for step in writer.made for x in _flat(step.out) if not any(x is y for y in step.args)}
+    makers = {id(x): step for step in writer.made for x in flat(step.out) if not any(x is y for y in step.args)}
     needed: dict[int, Made] = {}
     rest = [x for x in writer.sources if id(x) not in held]
     while rest:
@@ -128,12 +128,7 @@ def _needed(held: set[int], writer: Writer) -> list[Made] | None:
 
 
 def _tensors(step: Made) -> list[torch.Tensor]:
-    return [x for given in (*step.args, *step.kwargs.values()) for x in _flat(given)]
-
-
-def _flat(x: Any) -> list[torch.Tensor]:
-    """The tensors of an argument, or of a result."""
-    return [y for y in (x if isinstance(x, list | tuple) else (x,)) if isinstance(y, torch.Tensor)]
+    return [x for given in (*step.args, *step.kwargs.values()) for x in flat(given)]
 
 
 class Remembered:
@@ -176,7 +171,7 @@ class Remembered:
         now: dict[int, torch.Tensor] = {}
         for func, args, kwargs, out in self._made:
             made = func(*_present(args, now), **{name: _present(x, now) for name, x in kwargs.items()})
-            now |= {id(then): x for then, x in zip(_flat(out), _flat(made), strict=True)}
+            now |= {id(then): x for then, x in zip(flat(out), flat(made), strict=True)}
         return [source.now(now.get(id(source.tensor), source.tensor)) for source in self._sources]
 
     def count(self, evaluations: int) -> None:

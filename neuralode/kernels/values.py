@@ -60,6 +60,8 @@ class Writer:
         self.tensors: list[torch.Tensor] = []
         self.made: list[Made] = []
         """The operations on constants, in order."""
+        self.with_history: list[Made] = []
+        """Those among them through which a gradient has to pass."""
         self.sources: list[torch.Tensor] = []
         """The tensors as the evaluation had them, before they got their shapes."""
         self.shapes: list[tuple[int, ...]] = []
@@ -166,6 +168,14 @@ class Writer:
     def rows_of(self, shape: torch.Size, squeezed: bool) -> int:
         """How many rows a tensor of that shape has."""
         return math.prod(shape if squeezed else shape[:-1])
+
+    def loss(self) -> str:
+        """Where a gradient does not pass that should, as below autograd, where PyTorch resolves conjugates."""
+        for func, _args, _kwargs, out in self.with_history:
+            made = [x for x in flat(out) if x.is_floating_point() or x.is_complex()]
+            if made and not func.is_view and not any(x.requires_grad for x in made):  # a view is another later
+                return f"{func} is done where autograd does not see it"
+        return ""
 
     # --- what is written ------------------------------------------------------------------------------------------
 
@@ -292,6 +302,11 @@ class Writer:
         if key not in self._given:
             self._given[key] = self.emit(kind, *inputs, **details)
         return self._given[key]
+
+
+def flat(x: Any) -> list[torch.Tensor]:
+    """The tensors of an argument, or of a result."""
+    return [y for y in (x if isinstance(x, list | tuple) else (x,)) if isinstance(y, torch.Tensor)]
 
 
 def key_of(x: torch.Tensor) -> Key:

@@ -23,6 +23,7 @@ from tests.kernels.test_lower import Net, assert_equals_field, double, mlp
 __all__ = ["double"]
 
 W = torch.eye(3, dtype=torch.float64).mul_(2).requires_grad_()
+U = (W.detach() * (1 + 2j)).requires_grad_()
 Tensors = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -129,6 +130,7 @@ FIELDS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "hook": hooked,
     "hook on a node": hooked_node,
     "other gradient": lambda t, y: Reversed.apply(torch.tanh(y)),
+    "part of a conjugate": lambda t, y: torch.tanh(F.linear(y, U.mH.imag)),
     "requires_grad_": lambda t, y: torch.tanh(y).requires_grad_(),
     "convolution": lambda t, y: F.conv1d(y[:, None], W[:1, None], padding=1)[:, 0],
     "softmax over rows": lambda t, y: y.softmax(0),
