@@ -107,8 +107,8 @@ def lower(field: Callable[..., Any], t: torch.Tensor, y: State, args: tuple[Any,
             remember_refusal(field, when, watch, str(why))
         raise
     if when is not None:
-        remember(field, when, watch, writer, lowered.program)
-        if hooked and (known := recall(field, when)):  # the hooks see what they will see when the program is recalled
+        known = remember(field, when, watch, writer, lowered.program)
+        if hooked and known:  # the hooks see what they will see when the program is recalled
             lowered.tensors = known.tensors()
     return lowered
 

@@ -1,8 +1,9 @@
 """Programs of fields that have not changed since they were written: the next solve need not watch an evaluation.
 
 A field is the same as long as everything is that its first evaluation could read: the modules with their parameters,
-buffers and attributes, what functions close over, and the globals that they name. A program is forgotten with its
-field, and written anew from time to time in any case.
+buffers and attributes, what functions close over, and the globals that they name. A program is kept from the second
+solve of a field on, for many fields are made for one solve. It is forgotten with its field, and written anew from time
+to time in any case.
 """
 
 from __future__ import annotations
@@ -32,7 +33,16 @@ _HELD = ("_parameters", "_buffers", "_modules")
 _MOST_FIELDS = 32
 """Fields of which programs are kept: what is kept may hold its own field, which would else never be freed."""
 
-_remembered: collections.OrderedDict[int, dict[Any, Remembered]] = collections.OrderedDict()
+
+class _Met(NamedTuple):
+    """A field that was solved before."""
+
+    field: weakref.ref[Any]
+    programs: dict[Any, Remembered]
+    """By the circumstances."""
+
+
+_remembered: collections.OrderedDict[int, _Met] = collections.OrderedDict()
 """By the identity of the field, the last one used at the end."""
 
 
@@ -60,11 +70,13 @@ def function_modes() -> tuple[type, ...]:
     return tuple(map(type, _get_current_function_mode_stack())) if torch._C._len_torch_function_stack() else ()
 
 
-def remember(field: Callable[..., Any], when: Any, watch: Watch, writer: Writer, program: Program) -> None:
-    """Keeps a program for the next solve, if all its tensors can be found again."""
+def remember(field: Callable[..., Any], when: Any, watch: Watch, writer: Writer, program: Program) -> Remembered | None:
+    """Keeps a program for the next solve, if all its tensors can be found again; gives back what may be kept."""
     made = None if watch.draws or watch.opaque else _needed(watch.held(), writer)
-    if made is not None:
-        _keep(field, when, Remembered(watch, writer, program, made))
+    known = None if made is None else Remembered(watch, writer, program, made)
+    if known is not None:
+        _keep(field, when, known)
+    return known
 
 
 def remember_refusal(field: Callable[..., Any], when: Any, watch: Watch, reason: str) -> None:
@@ -76,31 +88,38 @@ def remember_refusal(field: Callable[..., Any], when: Any, watch: Watch, reason:
 
 
 def _keep(field: Callable[..., Any], when: Any, known: Remembered) -> None:
-    key = id(field)
-    try:
-        known.field = weakref.ref(field, lambda _: _remembered.pop(key, None))
-    except TypeError:  # it cannot be referred to weakly
-        return
-    found = _remembered.setdefault(key, {})
-    if len(found) >= _MOST or any(other.field() is not field for other in found.values()):
-        found.clear()
-    found[when] = known
-    while len(_remembered) > _MOST_FIELDS:
-        _remembered.pop(next(iter(_remembered)), None)
+    key, drop = id(field), _remembered.pop  # a name that is still there when the interpreter ends
+    met = _remembered.get(key)
+    if met is None or met.field() is not field:
+        try:
+            met = _Met(weakref.ref(field, lambda _: drop(key, None)), {})
+        except TypeError:  # it cannot be referred to weakly
+            return
+        _remembered[key] = met
+        while len(_remembered) > _MOST_FIELDS:
+            _remembered.pop(next(iter(_remembered)), None)
+        if not isinstance(known, _Refused):  # others hold what the field holds, and it may be solved but once
+            return
+    if len(met.programs) >= _MOST:
+        met.programs.clear()
+    met.programs[when] = known
 
 
 def recall(field: Callable[..., Any], when: Any) -> Remembered | None:
     """The field's program under these circumstances, if it is known and the field has not changed."""
-    found = _remembered.get(id(field))
-    known = found.get(when) if found else None
-    if found is None or known is None:
+    met = _remembered.get(id(field))
+    known = met.programs.get(when) if met else None
+    if met is None or known is None:
         return None
     known.uses += 1
-    if known.uses < _USES and known.field() is field and known.holds():
+    if known.uses >= _USES:
+        met.programs.pop(when, None)
+    elif met.field() is field and known.holds():
         if len(_remembered) > _MOST_FIELDS // 2:
             _remembered.move_to_end(id(field))
         return known
-    found.pop(when, None)
+    else:
+        met.programs.clear()  # they hold what the field has held
     return None
 
 
@@ -137,7 +156,6 @@ class Remembered:
     def __init__(self, watch: Watch, writer: Writer | None, program: Program | None, made: list[Made],
                  refusal: str = ""):  # fmt: skip
         self.program, self.uses, self.refusal, self._made = program, 0, refusal, made
-        self.field: Callable[[], Any] = lambda: None
         sources, tensors = (writer.sources, writer.tensors) if writer else ([], [])
         transposed = writer.to_transpose if writer else []
         self.counters = list(watch.counters)
