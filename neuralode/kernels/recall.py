@@ -155,15 +155,17 @@ class Remembered:
 
     def __init__(self, watch: Watch, writer: Writer | None, program: Program | None, made: list[Made],
                  refusal: str = ""):  # fmt: skip
-        self.program, self.uses, self.refusal, self._made = program, 0, refusal, made
+        self.program, self.uses, self.refusal = program, 0, refusal
         sources, tensors = (writer.sources, writer.tensors) if writer else ([], [])
         transposed = writer.to_transpose if writer else []
         self.counters = list(watch.counters)
-        self._sources = [_Source(x, i in transposed, wanted.shape)
+        self._steps, number = _steps(made)
+        self._sources = [_Source(number(x), i in transposed, wanted.shape)
                          for i, (x, wanted) in enumerate(zip(sources, tensors, strict=True))]  # fmt: skip
         self._as_held = [] if made or not all(map(operator.is_, sources, tensors)) else sources
         """The program's tensors, where they are just what the field holds."""
-        self._leaves = [*sources, *(x for step in made for x in _tensors(step))]
+        given = [source.tensor for source in self._sources] + [x for step in self._steps for x in _tensors(step)]
+        self._leaves = [x for x in given if isinstance(x, torch.Tensor)]
         self._kinds = list(map(_kind, self._leaves))
         counted = {(id(counter.place), counter.name) for counter in self.counters}
         self._modules = _Modules(watch.modules, self.counters)
@@ -186,11 +188,11 @@ class Remembered:
         """The program's tensors now, with their history."""
         if self._as_held:
             return list(self._as_held)
-        now: dict[int, torch.Tensor] = {}
-        for func, args, kwargs, out in self._made:
-            made = func(*_present(args, now), **{name: _present(x, now) for name, x in kwargs.items()})
-            now |= {id(then): x for then, x in zip(flat(out), flat(made), strict=True)}
-        return [source.now(now.get(id(source.tensor), source.tensor)) for source in self._sources]
+        made: list[torch.Tensor] = []
+        for func, args, kwargs, _ in self._steps:
+            given = {name: _with(made, x) for name, x in kwargs.items()}
+            made += flat(func(*_with(made, args), **given))
+        return [source.now(_with(made, source.tensor)) for source in self._sources]
 
     def count(self, evaluations: int) -> None:
         """Advances the field's own counters."""
@@ -208,15 +210,39 @@ class _Refused(Remembered):
         return True
 
 
-def _present(x: Any, now: dict[int, torch.Tensor]) -> Any:
-    """An argument with the tensors of now in the place of those of then."""
-    return [_present(y, now) for y in x] if isinstance(x, list | tuple) else now.get(id(x), x)
+class _Nth(int):
+    """Stands for the nth tensor that steps make: those of the first solve take room, and views of a parameter that are
+    kept are in the way of who exchanges it.
+    """
+
+
+def _steps(made: list[Made]) -> tuple[list[Made], Callable[[Any], Any]]:
+    """Operations without the tensors that they have made, and what turns such a tensor into its number."""
+    numbers: dict[int, _Nth] = {}
+    count = itertools.count()
+
+    def number(x: Any) -> Any:
+        return [number(y) for y in x] if isinstance(x, list | tuple) else numbers.get(id(x), x)
+
+    steps = []
+    for func, args, kwargs, out in made:
+        steps.append(Made(func, number(args), {name: number(x) for name, x in kwargs.items()}, None))
+        numbers |= {id(x): _Nth(next(count)) for x in flat(out)}
+    return steps, number
+
+
+def _with(made: list[torch.Tensor], x: Any) -> Any:
+    """An argument with tensors in the place of their numbers."""
+    if isinstance(x, list | tuple):
+        return [_with(made, y) for y in x]
+    return made[x] if type(x) is _Nth else x
 
 
 class _Source(NamedTuple):
     """A tensor that a program uses, and how."""
 
-    tensor: torch.Tensor
+    tensor: Any
+    """Or its number among those that are made."""
     transposed: bool
     shape: torch.Size
 

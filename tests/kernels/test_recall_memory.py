@@ -7,9 +7,10 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 
 from neuralode.kernels.lower import NotLowered, lower
-from tests.kernels.test_recall import T0, Net, again, replace_parameter, twice
+from tests.kernels.test_recall import T0, Net, again, known, replace_parameter, twice
 
 
 def test_a_field_that_is_gone_is_forgotten() -> None:
@@ -46,3 +47,25 @@ def test_what_a_field_has_held_is_given_up() -> None:
     again(field)
     gc.collect()
     assert before() is None
+
+
+def test_what_is_made_of_parameters_is_not_held() -> None:
+    weight = nn.Parameter(torch.randn(3, 17))
+
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(y @ weight.exp()) @ weight.sin().t()
+
+    assert known([again(field) for _ in range(3)][-1])
+    gc.collect()
+    assert not [x for x in gc.get_objects() if type(x) is torch.Tensor and x.shape in ((3, 17), (17, 3))]
+
+
+def test_parameters_may_be_exchanged() -> None:
+    layer = nn.Linear(3, 3)
+
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(y @ layer.weight.T) @ layer.weight
+
+    assert known([again(field) for _ in range(3)][-1])
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.randn(3, 3)))
+    again(field)
