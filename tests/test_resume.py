@@ -107,6 +107,17 @@ def test_signal_in_any_hook(hook: str, make_config: Callable, tmp_path: Path) ->
     assert_equal(whole, fit(make_config, tmp_path / "part", *DIGITS, f"ckpt_path='{last}'"))
 
 
+@pytest.mark.parametrize(("hook", "time"), [("on_validation_batch_start", 3), ("on_train_end", 1)])
+def test_signal_after_the_last_batch(hook: str, time: int, make_config: Callable, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    whole = fit(make_config, tmp_path / "whole", *DIGITS)
+    assert signal.getsignal(signal.SIGTERM) == before
+    _, stopped = fit(make_config, tmp_path / "part", *DIGITS, stop=StopAt(time, hook))
+    assert not stopped
+    last = tmp_path / "part" / "checkpoints" / "last.ckpt"
+    assert_equal(whole, fit(make_config, tmp_path / "part", *DIGITS, f"ckpt_path='{last}'"))
+
+
 def test_stopped_twice(make_config: Callable, tmp_path: Path) -> None:
     whole = fit(make_config, tmp_path / "whole", *DIGITS)
     last = f"ckpt_path='{tmp_path / 'part' / 'checkpoints' / 'last.ckpt'}'"

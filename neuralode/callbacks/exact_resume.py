@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import time
@@ -40,7 +41,6 @@ class ExactResume(pl.Callback):
         self.metrics: dict[str, float] = {}
         """Last value of every metric, earlier parts of a resumed run included."""
         self._signum: int | None = None
-        self._handlers: dict[int, Any] = {}
         self._saved_at = -float("inf")
         self._started = time.monotonic()
         self._finished: bool | None = None  # which kind of save is under way; None when another callback saves
@@ -48,12 +48,11 @@ class ExactResume(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # As late as this, for Lightning has put its own handler in place by now, which would end the run with code 0.
+        # It also puts back, at the end, what was there before.
         self._started = time.monotonic() - self.seconds
-        try:
+        with contextlib.suppress(ValueError):  # not the main thread: whoever runs us there handles signals
             for signum in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[signum] = signal.signal(signum, self._on_signal)
-        except ValueError:  # not the main thread: whoever runs us there handles signals
-            self._handlers = {}
+                signal.signal(signum, self._on_signal)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         if self._restored is not None:
@@ -105,9 +104,9 @@ class ExactResume(pl.Callback):
             self.metrics = dict(checkpoint[KEY]["metrics"])
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-        self._handlers = {}
+        # For a signal after the last batch: looked at here, where all callbacks have done what they do at the end.
+        if stage == "fit" and _any_process(trainer, self._signum is not None):
+            raise Stopped(self._signum or signal.SIGTERM)
 
     def _save(self, trainer: pl.Trainer, finished: bool) -> None:
         if getattr(trainer, "fast_dev_run", False):
