@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from neuralode.data import ArrayData
 from neuralode.errors import UsageError
@@ -22,7 +24,8 @@ from neuralode.models.trajectory import TrajectoryModel
 class PhasePortrait(pl.Callback):
     """Draws the flow to TensorBoard and to a PNG file: for points in the plane the decision boundary and the states
     along depth time, for time series the phase plane and the curves, for a linear regression the line and the way of
-    its weights over the loss. Other models have no portrait.
+    its weights over the loss. Other models have no portrait. Drawn is the LightningModule's `model`, on the data
+    of its ArrayData.
 
     Drawing draws no random number and changes no weight; should it fail, it warns once and switches itself off.
 
@@ -58,18 +61,15 @@ class PhasePortrait(pl.Callback):
         self._draw(trainer, pl_module, to_file=True)
 
     def _note(self, module: pl.LightningModule) -> None:
-        if isinstance(module.model, LinearModel) and module.model.linear.weight.numel() == 1:
-            linear = module.model.linear
-            self._weights.append([linear.bias.item(), linear.weight.item()])
+        model = getattr(module, "model", None)
+        if isinstance(model, LinearModel) and model.linear.weight.numel() == 1:
+            self._weights.append([model.linear.bias.item(), model.linear.weight.item()])
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, to_file: bool) -> None:
         if self._off or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
-        model: Any = pl_module.model
-        training = pl_module.training
         try:
-            model.eval()
-            with torch.no_grad():
+            with torch.no_grad(), _evaluating(pl_module.model) as model:  # type: ignore[arg-type]
                 figure = portrait(model, trainer.datamodule, self._weights)  # type: ignore[attr-defined]
             if figure is None:
                 self._off = True
@@ -83,8 +83,18 @@ class PhasePortrait(pl.Callback):
         except Exception as error:
             self._off = True
             rank_zero_warn(f"the phase portrait could not be drawn and is switched off: {error}")
-        finally:
-            model.train(training)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode; each of its parts goes back to its own mode."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def portrait(model: Any, data: ArrayData, weights: Sequence[Sequence[float]] = ()) -> Any:

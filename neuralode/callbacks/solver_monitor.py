@@ -19,7 +19,8 @@ class SolverMonitor(pl.Callback):
     """Logs every solve's evaluations, steps and wall share under `solver/`.
 
     `summary` holds what goes into the result: mean evaluations a solve in the last epoch (forward and backward) and
-    in the test, and for states of few dimensions the largest Jacobian norm of the field along the test solutions.
+    in the test, and, where `model.block` of the LightningModule is an ODEBlock with states of few dimensions, the
+    largest Jacobian norm of the field along the test solutions.
 
     Args:
         every: training steps between two logged points.
@@ -79,8 +80,9 @@ class SolverMonitor(pl.Callback):
         if stats:
             self._test_nfe.append(sum(s.nfe for s in stats))
             self.summary["nfe_test"] = sum(self._test_nfe) / len(self._test_nfe)
-        model: Any = pl_module.model
-        if isinstance(getattr(model, "block", None), ODEBlock) and not hasattr(model, "stem"):
+        model: Any = getattr(pl_module, "model", None)
+        known = isinstance(batch, list | tuple) and not hasattr(model, "stem")
+        if known and isinstance(getattr(model, "block", None), ODEBlock):
             start = batch[0] if batch[0].dim() == 2 else batch[0][:, 0] / getattr(model, "scale", 1.0)
             if start.shape[1] <= FEW_DIMENSIONS:
                 norm = largest_jacobian_norm(model.block, start)

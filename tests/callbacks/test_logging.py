@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from neuralode import training
-from neuralode.callbacks import PhasePortrait
+from neuralode.callbacks import PhasePortrait, SolverMonitor
+from neuralode.models.classifier import ODEClassifier
+from neuralode.nn import ODEBlock
+from neuralode.ode import SolverConfig
 from neuralode.tasks import Classification
 from neuralode.training import train
 from neuralode.viz import phase_portrait as viz
@@ -88,6 +92,46 @@ def test_failing_portrait_does_not_stop_the_run(run: Callable, monkeypatch: pyte
     monkeypatch.setattr("neuralode.callbacks.phase_portrait.portrait", fail)
     with pytest.warns(UserWarning, match="no canvas"):
         assert run()["steps"] == 12
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_module_of_another_shape(tmp_path: Path) -> None:
+    class Own(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flow = ODEBlock(torch.nn.Linear(2, 2), SolverConfig("rk4", step_size=0.5))
+            self.flow.field.eval()  # as a frozen part may be
+
+        def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+            return self.flow(batch).square().mean()
+
+        def test_step(self, batch: torch.Tensor, index: int) -> None:
+            self.flow(batch)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    def fit_and_test(module: pl.LightningModule) -> dict[str, float]:
+        monitor = SolverMonitor()
+        trainer = pl.Trainer(
+            max_epochs=2, accelerator="cpu", callbacks=[monitor, PhasePortrait(str(tmp_path), every=1)], logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        with pytest.warns(UserWarning, match="portrait could not be drawn") as caught:
+            trainer.fit(module, torch.utils.data.DataLoader(torch.ones(4, 2)))
+        assert sum("portrait" in str(warning.message) for warning in caught) == 1
+        trainer.test(module, torch.utils.data.DataLoader(torch.ones(4, 2)), verbose=False)
+        return monitor.summary
+
+    own = Own()
+    assert fit_and_test(own)["nfe_test"] == 8
+    assert own.training
+    assert not own.flow.field.training
+
+    own.model = ODEClassifier(2, 2, SolverConfig("rk4", step_size=0.5))  # but the data is a plain loader
+    own.model.block.field.eval()
+    assert "max_jacobian_norm" not in fit_and_test(own)
+    assert not own.model.block.field.training
 
 
 def test_portrait_of_a_line_knows_its_whole_way(
