@@ -53,8 +53,8 @@ class SeriesData(ArrayData, abc.ABC):
                 f"{t[0].item():g} to {t[-1].item():g}."
             )
         train, train_times = self._windows(t[:fitted], y[:fitted])
-        t, y = standard_float(t), standard_float(y)
-        if not bool((t[1:] > t[:-1]).all()):
+        gaps, t, y = t.diff(), standard_float(t), standard_float(y)
+        if ((t.double().diff() - gaps).abs() > 0.01 * gaps).any():  # rounded, they are other gaps
             raise UsageError(
                 f"the times are too close together for {t.dtype}: count them from another origin, or train with "
                 "trainer.precision=64-true."

@@ -149,10 +149,11 @@ def test_column_that_does_not_move_has_a_scale(tmp_path: Path) -> None:
     assert all(s > 0 and math.isfinite(s) for s in scale)
 
 
-def test_times_stay_apart_in_the_training_type(tmp_path: Path) -> None:
-    text = "day,a\n" + "".join(f"{20_000_000 + i / 2},{i}\n" for i in range(6))
-    try:
-        (t,) = series(tmp_path, text).splits.shared["train"]
-    except UsageError:
-        return
-    assert (t.diff() > 0).all()
+@pytest.mark.parametrize(("origin", "gap"), [(20_000_000, 0.5), (2_460_000, 1 / 24), (1_000_000, 0.3)])
+def test_times_keep_their_gaps_in_the_training_type(origin: float, gap: float, tmp_path: Path) -> None:
+    text = "day,a\n" + "".join(f"{origin + i * gap!r},{i}\n" for i in range(6))
+    message = refusal(series(tmp_path, text))
+    assert "too close together for torch.float32" in message
+    assert "trainer.precision=64-true" in message
+    near = series(tmp_path, "day,a\n" + "".join(f"{1000 + i * gap!r},{i}\n" for i in range(6)))
+    assert near.splits.shared["train"][0].diff().tolist() == pytest.approx([gap] * 5, rel=0.01)
