@@ -103,7 +103,7 @@ def _config(job: Job) -> DictConfig:
     OmegaConf.set_struct(cfg, False)
     cfg.paths.output = str(job.folder)  # first, for other values are made from it
     if cfg.ckpt_path is not None and (job.folder / CONFIG).is_file():
-        cfg = keep_saved(cfg, job.folder / OVERRIDES, job.folder / CONFIG)
+        cfg = keep_saved(cfg, job.overrides, job.folder / OVERRIDES, job.folder / CONFIG)
     return validate(cfg)
 
 

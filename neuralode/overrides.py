@@ -58,21 +58,23 @@ def with_saved(overrides: list[str]) -> list[str]:
     return merged(overrides, [f"ckpt_path='{path}'"])
 
 
-def keep_saved(cfg: DictConfig, overrides_file: Path, config_file: Path) -> DictConfig:
+def keep_saved(cfg: DictConfig, overrides: list[str], overrides_file: Path, config_file: Path) -> DictConfig:
     """`cfg` with every value that the YAML files have changed since the run was started put back.
 
-    What the new command line changed stays changed.
+    What the new command line changed or named stays as it says. `overrides` are the saved ones with its own.
     """
     # without what only says where the run was: its folder may have been moved
     then = comparable(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(config_file))))
-    now = _values(compose("train", overrides=read_list(overrides_file)))
+    saved = read_list(overrides_file)
+    now = _values(compose("train", overrides=saved))
+    named = tuple(f"{key_of(override)}." for override in overrides if override not in saved)
     cfg = cfg.copy()
     OmegaConf.resolve(cfg)
     asked = _values(cfg)
     OmegaConf.set_struct(cfg, False)
     for key, value in then.items():
         drifted = key in now and now[key] != value
-        if drifted and asked.get(key) == now[key]:
+        if drifted and asked.get(key) == now[key] and not f"{key}.".startswith(named):
             print(f"{key}: keeping {value!r} of the saved config (the files now say {now[key]!r})")
             OmegaConf.update(cfg, key, value, merge=False)
     return cfg

@@ -184,3 +184,8 @@ def test_saved_config_outlives_changed_files(train_cli: Cli, tmp_path: Path) -> 
     assert done.code == 0, done.output
     assert "keeping 0.125" in done.output
     assert json.loads((tmp_path / "run" / "result.json").read_text())["config"]["optimizer"]["weight_decay"] == 0.125
+    # what the command line names is as it says, also where the files say the same
+    named = train_cli("ckpt_path=run/checkpoints/last.ckpt", "trainer.max_epochs=4", "optimizer.weight_decay=0.0")
+    assert named.code == 0, named.output
+    assert "keeping" not in named.output
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["config"]["optimizer"]["weight_decay"] == 0.0
