@@ -42,7 +42,7 @@ class Derivatives:
 
 def derivatives(field: GradientField, theta: torch.Tensor, lr: float, way: str = "differences",
                 step: float | None = None) -> Derivatives:  # fmt: skip
-    """The derivatives of the gradient flow at θ, [P].
+    """The derivatives of the gradient flow at θ, [P], whatever the field's `transform`.
 
     Args:
         lr: η.
@@ -55,7 +55,7 @@ def derivatives(field: GradientField, theta: torch.Tensor, lr: float, way: str =
     """
     if way not in WAYS:
         raise UsageError(unknown("way", way, WAYS))
-    with field.borrowed():
+    with field.borrowed(), field.untransformed():
         loss, g = field.loss_and_gradient(theta)
         hg, hhg, tgg = by_differences(field, theta, g, reach(theta.dtype) if step is None else step)
         if way == "autograd":

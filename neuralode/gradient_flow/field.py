@@ -71,6 +71,15 @@ class GradientField:
                 self._state = None
 
     @contextlib.contextmanager
+    def untransformed(self) -> Iterator[None]:
+        """Inside the block gradients and products are those of the loss itself."""
+        transform, self.transform = self.transform, None
+        try:
+            yield
+        finally:
+            self.transform = transform
+
+    @contextlib.contextmanager
     def loss_with_graph(self, theta: torch.Tensor) -> Iterator[torch.Tensor]:
         """The loss at θ with its graph to `parameters`, inside a block."""
         with self.borrowed() as state, state.at(theta.detach()), torch.enable_grad():

@@ -39,7 +39,8 @@ def stability(
 
     Where groups have different learning rates, the eigenvalue is that of DH with the rates over the largest of them as
     D; where they differ otherwise, the strictest threshold counts. Coupled weight decay is part of H for Adam, and for
-    SGD where groups differ in it. Before Adam's first step its v is what the gradient at θ will make of it.
+    SGD where groups differ in it. Before Adam's first step its v is what the gradient at θ will make of it. H is the
+    Hessian of the loss, whatever the field's `transform`.
     """
     estimate = Sharpness() if sharpness is None else sharpness
     largest = max(rule.lr for rule in rules)
@@ -56,7 +57,8 @@ def stability(
         def product(v: torch.Tensor) -> torch.Tensor:
             return field.product(theta, v) + decay * v
 
-        found: Eigenpair = estimate(product, theta, scale)
+        with field.untransformed():
+            found: Eigenpair = estimate(product, theta, scale)
     return Stability(found.value, threshold, found.vector, found.residual)
 
 

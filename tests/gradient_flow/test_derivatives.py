@@ -148,6 +148,16 @@ def test_autograd_of_adjoint() -> None:
         derivatives(field, field.theta, 0.1, way="autograd")
 
 
+@pytest.mark.parametrize("way", ["differences", "autograd"])
+def test_a_clipped_gradient_has_the_derivatives_of_the_loss(way: str) -> None:
+    field = network_field()
+    free = derivatives(field, field.theta, 0.1, way)
+    field.transform = lambda g: g * (0.01 / g.norm())
+    clipped = derivatives(field, field.theta, 0.1, way)
+    assert torch.equal(clipped.jerk, free.jerk)
+    assert torch.equal(clipped.gradient, free.gradient)
+
+
 def test_unknown_way() -> None:
     field = network_field()
     with pytest.raises(UsageError, match="unknown way 'autogard'; did you mean 'autograd'"):

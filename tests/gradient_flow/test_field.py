@@ -90,6 +90,9 @@ def test_transform() -> None:
     field = GradientField(base.module, mean_square, base.batch, transform=lambda g: g.clamp(-0.01, 0.01))
     assert torch.equal(field.gradient(field.theta), base.gradient(base.theta).clamp(-0.01, 0.01))
     assert float(field(0.0, field.theta).abs().max()) == 0.01
+    with field.untransformed():
+        assert torch.equal(field.gradient(field.theta), base.gradient(base.theta))
+    assert float(field.gradient(field.theta).abs().max()) == 0.01
 
 
 def test_counts() -> None:

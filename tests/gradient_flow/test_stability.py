@@ -139,9 +139,18 @@ def test_groups_of_sgd_that_differ_in_rate_and_decay() -> None:
     assert found.ratio == pytest.approx(float(largest) / 2, rel=1e-4)
 
 
-def test_adam_before_its_first_step_takes_the_gradient_for_what_it_will_be() -> None:
+def test_a_clipped_gradient_leaves_the_sharpness_that_of_the_loss() -> None:
+    field = network_field()
+    true = float(torch.linalg.eigvalsh(exact_hessian(field, field.theta))[-1])
+    field.transform = lambda g: g * (0.01 / g.norm())
+    assert measured(field, SGD(field.parameters, lr=0.1)).sharpness == pytest.approx(true, rel=0.02)
+
+
+@pytest.mark.parametrize("clip", [None, lambda g: g.clamp(-0.5, 0.5)], ids=["as_it_is", "clipped"])
+def test_adam_before_its_first_step_takes_the_gradient_for_what_it_will_be(clip: Any) -> None:
     module = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
-    field = GradientField(module, lambda m, x: (m(x) - 3).square().mean(), torch.ones(1, 1, dtype=torch.float64))
+    ones = torch.ones(1, 1, dtype=torch.float64)
+    field = GradientField(module, lambda m, x: (m(x) - 3).square().mean(), ones, transform=clip)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-9, eps=0.0)
     before = stability(field, field.theta, update_rules(optimizer), capture(optimizer)).ratio
     module.weight.grad = field.gradient(field.theta).view_as(module.weight)

@@ -70,7 +70,8 @@ class Edge:
         rules = [replace(rule, lr=lr) for rule, lr in zip(update_rules(optimizer), lrs, strict=True)]
         theta = field.theta
         found = stability(field, theta, rules, capture(optimizer), self.sharpness)
-        loss, gradient = field.loss_and_gradient(theta)
+        with field.untransformed():
+            loss, gradient = field.loss_and_gradient(theta)
         steps_to_edge, fall = math.inf, math.nan
         if self.last is not None:
             then, sharpness_then, loss_then = self.last

@@ -97,6 +97,13 @@ def test_scalars_of_a_quadratic(tmp_path: Path) -> None:
         assert found["stability"][k] == pytest.approx(top * LR / 2, rel=1e-6)
 
 
+def test_clipping_does_not_change_what_is_measured_of_the_loss(tmp_path: Path) -> None:
+    names = ("sharpness", "stability", "acceleration", "jerk", "pl")
+    free = measured(Bowl(), scales(1.0), tmp_path / "free", max_epochs=1)
+    clipped = measured(Bowl(), scales(1.0), tmp_path / "clipped", max_epochs=1, gradient_clip_val=0.1)
+    assert [clipped[name][0] for name in names] == [free[name][0] for name in names]
+
+
 class Quartic(Bowl):
     """Falls into a valley that gets steeper: L'' rises along the way, by 0.04 for each 0.1 of θ."""
 
