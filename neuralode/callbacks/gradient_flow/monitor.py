@@ -58,7 +58,8 @@ class GradientFlowMonitor(pl.Callback):
         rtol: tolerance of the flow.
         plane: `ends` or `pca`, the plane of the trajectory figure.
         loss_floor: L*, the least loss there can be, for the rate of convergence.
-        loss_fn: (module, batch) to the loss; what the training step minimises if not given.
+        loss_fn: (module, batch) to the loss; what the training step minimises if not given. Under ddp a LightningModule
+            of your own needs one, for the first process alone evaluates it.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class GradientFlowMonitor(pl.Callback):
             rank_zero_warn(f"the gradient-flow monitor is switched off in step {trainer.global_step}: {reason}")
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        reason = unable(trainer, module)
+        reason = unable(trainer, module, self.loss_fn)
         if reason:
             raise UsageError(f"this training cannot be monitored: {reason}.")
         update_rules(self._optimizer(trainer))

@@ -78,8 +78,8 @@ def _chosen(count: int, most: int | None) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
 
 
-def unable(trainer: pl.Trainer, module: pl.LightningModule) -> str:
-    """Why this training cannot be monitored; empty if it can."""
+def unable(trainer: pl.Trainer, module: pl.LightningModule, loss: Loss) -> str:
+    """Why this training cannot be monitored by this loss; empty if it can."""
     if not module.automatic_optimization:
         return "it optimises by hand, so that a step is not known"
     if len(trainer.optimizers) != 1:
@@ -89,4 +89,6 @@ def unable(trainer: pl.Trainer, module: pl.LightningModule) -> str:
     strategy = type(trainer.strategy).__name__
     if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
         return f"{strategy} spreads the weights over processes; use one device or ddp"
+    if trainer.world_size > 1 and loss is training_loss and not isinstance(module, Task):
+        return "training_step may wait for other processes; give GradientFlowMonitor a loss_fn(module, batch)"
     return ""

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
 
 from neuralode.callbacks import GradientFlowMonitor
-from neuralode.callbacks.gradient_flow.probe import probe_batch, unable
+from neuralode.callbacks.gradient_flow.probe import probe_batch, training_loss, unable
+from neuralode.tasks import Regression
 from tests.callbacks.gradient_flow.trainings import (
     SMALL,
     Plain,
@@ -275,7 +276,7 @@ class Strategy:
 
 def trainer_with(**changed: Any) -> Any:
     known = {"optimizers": [0], "precision": "32-true", "strategy": type("SingleDeviceStrategy", (), {})()}
-    return SimpleNamespace(**{**known, **changed})
+    return SimpleNamespace(**{"world_size": 1, **known, **changed})
 
 
 @pytest.mark.parametrize(
@@ -289,10 +290,20 @@ def trainer_with(**changed: Any) -> Any:
         ({}, ""),
         ({"precision": "16-mixed"}, ""),
         ({"strategy": type("DDPStrategy", (), {})()}, ""),
+        (
+            {"strategy": type("DDPStrategy", (), {})(), "world_size": 2},
+            "training_step may wait for other processes; give",
+        ),
     ],
 )
 def test_what_is_unable(changed: dict[str, Any], reason: str) -> None:
-    said = unable(trainer_with(**changed), Plain())
+    said = unable(trainer_with(**changed), Plain(), training_loss)
     assert said.startswith(reason)
     assert bool(said) == bool(reason)
-    assert "by hand" in unable(trainer_with(), ByHand())
+    assert "by hand" in unable(trainer_with(), ByHand(), training_loss)
+
+
+def test_a_loss_that_waits_for_no_process_is_monitored_under_ddp() -> None:
+    trainer = trainer_with(strategy=type("DDPStrategy", (), {})(), world_size=2)
+    assert unable(trainer, Plain(), lambda module, batch: module.net(batch[0]).mean()) == ""
+    assert unable(trainer, Regression(nn.Linear(3, 1)), training_loss) == ""  # a task of this package
