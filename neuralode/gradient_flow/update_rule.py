@@ -45,7 +45,8 @@ class UpdateRule:
         Adam's case: see `stability`.
         """
         lr, beta, decay = self.lr, self.momentum, self.weight_decay
-        if lr == 0:
+        damped = self.dampening if beta else 0.0  # torch ignores it without momentum
+        if lr == 0 or damped == 1:  # the gradient moves nothing, or its first value alone does
             return float("inf")
         if self.kind == "adam":
             return (2 + 2 * beta) / (lr * (1 - beta))
@@ -53,7 +54,6 @@ class UpdateRule:
             return (1 + beta) * (2 - lr * decay) / (lr * (1 - beta))
         if self.nesterov:
             return (2 + 2 * beta) / (lr * (1 + 2 * beta)) - decay
-        damped = self.dampening if beta else 0.0  # torch ignores it without momentum
         return (2 + 2 * beta) / (lr * (1 - damped)) - decay
 
 

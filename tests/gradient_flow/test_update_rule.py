@@ -78,6 +78,15 @@ def test_known_values() -> None:
     assert UpdateRule("sgd", 0.4).threshold == pytest.approx(5.0)
     assert UpdateRule("adam", 1e-3, 0.9).threshold == pytest.approx(38 / 1e-3)
     assert UpdateRule("sgd", 0.0, 0.9).threshold == float("inf")
+    assert UpdateRule("sgd", 0.4, dampening=1.0).threshold == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 4.0])
+def test_a_gradient_that_is_dampened_away_bears_any_curvature(decay: float) -> None:
+    make = lambda p: SGD([p], LR, momentum=0.9, dampening=1.0, weight_decay=decay)  # noqa: E731
+    assert not grows(make, 1e4)
+    (rule,) = update_rules(make(nn.Parameter(torch.ones(()))))
+    assert rule.threshold == float("inf")
 
 
 def test_rules_of_groups() -> None:

@@ -129,6 +129,16 @@ def test_its_share_of_the_time_is_one_number(
     assert re.findall(r"flow/overhead,(.*)", written) == [repr(share)]
 
 
+def test_a_gradient_that_is_dampened_away_is_watched_and_drawn(tmp_path: Path) -> None:
+    """Nothing enters the momentum after the first step, so that no curvature is too large."""
+    module = Plain(optimizer=lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, dampening=1.0))
+    fit(module, shuffled(), GradientFlowMonitor(str(tmp_path), **SMALL))
+    thresholds = {value for _, _, tag, value in rows(tmp_path) if tag == "flow/threshold"}
+    assert thresholds == {"inf"}
+    assert "is below (2+2β)/(η(1−d)) = inf; stable, far from the edge." in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "edge.png").exists()
+
+
 # --- what fails ------------------------------------------------------------------------------------------------------
 
 
