@@ -31,6 +31,8 @@ _FINER = 8
 _MOST_NUMBERS = 2**24
 """Weights in all those points."""
 _MOST_ON_A_LINE = 128
+_KEPT = 3
+"""Lists of points of a global path: SGD's, the flow's, and the flow's line; a closed form has few weights."""
 
 
 @dataclass
@@ -56,14 +58,17 @@ class Paths:
         """Weights [T, P] along a path, as many as there are."""
         return torch.stack(self.finer.get(name) or self.thetas[name])
 
-    def refine(self, name: str, thetas: Iterable[torch.Tensor]) -> None:
-        """Goes on with the line of a path."""
+    def refine(self, name: str, thetas: Iterable[torch.Tensor], most: int = _MOST_ON_A_LINE) -> None:
+        """Goes on with the line of a path, of which at most so many points are kept."""
         line = self.finer.setdefault(name, [])
-        line.extend(thetas)
-        while len(line) > _MOST_ON_A_LINE:
-            del line[_least_missed(line)]
+        for theta in thetas:
+            line.append(theta)
+            if len(line) > most:
+                del line[_least_missed(line)]
 
-    def add(self, step: int, s: float, thetas: Mapping[str, torch.Tensor], losses: Mapping[str, float]) -> None:
+    def add(self, step: int, s: float, thetas: Mapping[str, torch.Tensor], losses: Mapping[str, float],
+            most: int = _MOST_POINTS) -> None:  # fmt: skip
+        """Goes on with all paths, of which at most so many points are kept."""
         self.steps.append(step)
         self.s.append(s)
         for name, theta in thetas.items():
@@ -73,7 +78,7 @@ class Paths:
                 self.distances.setdefault(name, []).append(_distance(theta, thetas[FLOW]))
         self.gone.append(_distance(thetas[FLOW], self.thetas[FLOW][0]))
         path = self.thetas["sgd"]
-        if len(path) > _MOST_POINTS:
+        if len(path) > most:
             least = _least_missed(path)
             for points in self.thetas.values():
                 del points[least]
@@ -221,6 +226,7 @@ class Global:
         """Follows the steps since the last call."""
         if not self._lrs or self._state is None:
             return
+        points, on_a_line = _affordable(_MOST_POINTS, theta), _affordable(_MOST_ON_A_LINE, theta)
         moments = denser([0, len(self._lrs)], theta, _MOST_ON_A_LINE)
         dynamics = OptimizerFlow(settings.field, rules, self._state, self._lrs, self._steps)
         z = dynamics.start(self.paths.thetas[FLOW][-1]) if self._z is None else self._z
@@ -232,15 +238,17 @@ class Global:
             sharpness=settings.sharpness,
             first_step=self._last_step,
         )
-        self._z, self._steps, self._last_step = found.end, self._steps + len(self._lrs), found.last_step
+        # copies, for a row of the solve would keep all of it, in checkpoints too
+        self._z, self._steps, self._last_step = found.end.clone(), self._steps + len(self._lrs), found.last_step
         self._lrs = []
-        thetas = {"sgd": theta, FLOW: found.end[0]}
-        self.paths.refine(FLOW, found.thetas[1:] if self.paths.finer else found.thetas)
+        thetas = {"sgd": theta, FLOW: found.end[0].clone()}
+        way = found.thetas[1:] if self.paths.finer else found.thetas
+        self.paths.refine(FLOW, (row.clone() for row in way), on_a_line)
         if self._known is not None:
             known = self._known.flow(self.paths.s[-1] - self.paths.s[0] + found.s)
             thetas[CLOSED_FORM] = self._known.flow(torch.tensor([s - self.paths.s[0]], dtype=torch.float64))[0]
             self.paths.refine(CLOSED_FORM, known[1:] if CLOSED_FORM in self.paths.finer else known)
-        self.paths.add(step, s, thetas, settings.losses(thetas))
+        self.paths.add(step, s, thetas, settings.losses(thetas), points)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -267,6 +275,11 @@ def denser(reads: Sequence[int], like: torch.Tensor, most: int = READS) -> list[
     parts = max(1, min(_FINER, _MOST_NUMBERS // (max(most, len(reads)) * like.numel())))
     between = [a + (b - a) * i / parts for a, b in itertools.pairwise(reads) for i in range(parts)]
     return [*between, reads[-1]]
+
+
+def _affordable(most: int, like: torch.Tensor) -> int:
+    """So many points of weights [P], at most, of each list of a global path; both ends in any case."""
+    return max(2, min(most, _MOST_NUMBERS // (_KEPT * like.numel())))
 
 
 def _least_missed(path: Sequence[torch.Tensor]) -> int:

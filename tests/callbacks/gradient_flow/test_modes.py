@@ -210,6 +210,23 @@ def test_global_on_the_linear_regression(tmp_path: Path) -> None:
     assert found.losses["sgd"][0] == pytest.approx(float(textbook().tensors[1].square().mean()))
 
 
+@pytest.mark.parametrize(("numbers", "points"), [(3 * 31 * 5 + 1, 5), (10, 2)])
+def test_global_keeps_to_its_memory(numbers: int, points: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a larger model fewer points, and of the solves that gave them nothing; what is compared is all there."""
+    monkeypatch.setattr("neuralode.callbacks.gradient_flow.modes._MOST_NUMBERS", numbers)
+    monitor = run(Fit(tanh(), GROUPS["adamw"]), doubles(), tmp_path, "global", monitor={"window": 1}, max_steps=12)
+    found = paths(monitor)
+    assert found.steps == list(range(13))
+    assert len(found.losses["gradient_flow"]) == len(found.distances["sgd"]) == 13
+    lines = [*found.thetas.values(), *found.finer.values()]
+    assert [len(path) for path in lines] == [points] * 3
+    assert all(theta.untyped_storage().nbytes() == 8 * 31 for path in lines for theta in path)
+    state = monitor.state_dict()["globally"]
+    assert state["z"].untyped_storage().nbytes() == 3 * 8 * 31
+    assert all(torch.equal(path[0], found.thetas["sgd"][0]) for path in lines)
+    assert found.distances["sgd"][-1] == float((found.thetas["sgd"][-1] - found.line("gradient_flow")[-1]).norm())
+
+
 @pytest.mark.parametrize("groups", ["momentum", "adamw"])
 def test_global_is_one_flow_however_it_is_cut(groups: str, tmp_path: Path) -> None:
     ends = []
