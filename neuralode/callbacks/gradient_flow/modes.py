@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from neuralode.callbacks.gradient_flow.log import CLOSED_FORM, DESCENT, FLOW
+from neuralode.callbacks.gradient_flow.probe import savable
 from neuralode.gradient_flow import (
     GradientField,
     OptimizerFlow,
@@ -178,7 +179,8 @@ class Window:
         return path
 
     def state_dict(self) -> dict[str, Any]:
-        if not self.active or self._state is None:
+        # without its batches a window cannot go on, and begins anew
+        if not self.active or self._state is None or not savable(self._batches):
             return {"active": False}
         return {
             "active": True, "start": self._start, "s": self._s, "lrs": self._lrs, "thetas": self._thetas,

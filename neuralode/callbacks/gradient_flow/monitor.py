@@ -16,7 +16,15 @@ from neuralode.callbacks.gradient_flow.governor import Governor, seconds_of
 from neuralode.callbacks.gradient_flow.log import FLOW, FlowLog
 from neuralode.callbacks.gradient_flow.measurements import Defect, Edge, derivative_values
 from neuralode.callbacks.gradient_flow.modes import MODES, Global, Paths, Settings, Window
-from neuralode.callbacks.gradient_flow.probe import Loss, mean_loss, probe_batch, training_loss, unable
+from neuralode.callbacks.gradient_flow.probe import (
+    Loss,
+    clipping,
+    mean_loss,
+    probe_batch,
+    savable,
+    training_loss,
+    unable,
+)
 from neuralode.callbacks.gradient_flow.words import name_of
 from neuralode.errors import UsageError, unknown
 from neuralode.gradient_flow import GradientField, OptimizerFlow, Sharpness, capture, update_rules
@@ -137,8 +145,8 @@ class GradientFlowMonitor(pl.Callback):
             return dict(self._final or self._loaded or {})
         parts = {name: getattr(self, name).state_dict() for name in _PARTS}
         return parts | {
-            "s": self._s, "batch": self._batch, "mode": self.mode, "summary": dict(self.summary),
-            "trusts": self.defect.trusts_training, "rows": self._log.rows,
+            "s": self._s, "batch": self._batch if savable(self._batch) else None, "mode": self.mode,
+            "summary": dict(self.summary), "trusts": self.defect.trusts_training, "rows": self._log.rows,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -170,7 +178,9 @@ class GradientFlowMonitor(pl.Callback):
             else FlowLog(trainer, self.folder)
         )
         self.governor.start()
-        self._batch = resumed["batch"] if resumed else probe_batch(trainer, module, self.samples)
+        self._batch = resumed["batch"] if resumed else None
+        if self._batch is None:  # the same again, where it could not be saved
+            self._batch = probe_batch(trainer, module, self.samples)
         if resumed:
             self._restore(resumed)
         if self._batch is not None:
@@ -187,7 +197,7 @@ class GradientFlowMonitor(pl.Callback):
 
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Once the probe is known."""
-        optimizer, clip = self._optimizer(trainer), _clipping(trainer)
+        optimizer, clip = self._optimizer(trainer), clipping(trainer)
         weights = _weights(optimizer)
 
         def on_batches(batches: list[Any], parts: int | None = None) -> GradientField:
@@ -386,13 +396,3 @@ def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
 def _weights(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     """What θ is made of, in its order."""
     return [p for group in moving(optimizer) for p in group]
-
-
-def _clipping(trainer: pl.Trainer) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What the trainer does to a gradient [P] before the optimiser sees it."""
-    most = trainer.gradient_clip_val
-    if not most:
-        return None
-    if trainer.gradient_clip_algorithm == "value":
-        return lambda g: g.clamp(-most, most)
-    return lambda g: g * (most / (torch.linalg.vector_norm(g) + 1e-6)).clamp_max(1.0)

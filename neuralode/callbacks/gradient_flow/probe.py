@@ -78,6 +78,25 @@ def _chosen(count: int, most: int | None) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
 
 
+def clipping(trainer: pl.Trainer) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What the trainer does to a gradient [P] before the optimiser sees it."""
+    most = trainer.gradient_clip_val
+    if not most:
+        return None
+    if trainer.gradient_clip_algorithm == "value":
+        return lambda g: g.clamp(-most, most)
+    return lambda g: g * (most / (torch.linalg.vector_norm(g) + 1e-6)).clamp_max(1.0)
+
+
+def savable(batch: Any) -> bool:
+    """Whether a checkpoint with this batch can be read: it is made of nothing but what `weights_only` lets through."""
+    if type(batch) in (tuple, list):
+        return all(savable(part) for part in batch)
+    if type(batch) is dict:
+        return all(savable(part) for pair in batch.items() for part in pair)
+    return type(batch) in (torch.Tensor, bool, int, float, str, type(None))
+
+
 def unable(trainer: pl.Trainer, module: pl.LightningModule, loss: Loss) -> str:
     """Why this training cannot be monitored by this loss; empty if it can."""
     if not module.automatic_optimization:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import pytest
@@ -98,6 +98,40 @@ def test_resume_of_a_finished_run_saved_by_hand(tmp_path: Path) -> None:
     assert after[: len(before)] == before
     times = {int(step): float(value) for step, path, tag, value in after if tag == "flow/time"}
     assert times == pytest.approx({k: 0.05 * k for k in range(16)})
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Paired(Plain):
+    """Its batches are of a class that no checkpoint can be read with."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return Pair(*batch)
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("mode", MODES)
+def test_resume_without_the_batches(mode: str, tmp_path: Path) -> None:
+    """The probe is drawn again; only a window that needs the batches of its steps begins anew."""
+
+    def monitor(name: str) -> GradientFlowMonitor:
+        return GradientFlowMonitor(str(tmp_path / name), mode, **SMALL)
+
+    whole = fit(Paired(), replayed(), monitor("whole"))
+    fit(Paired(), replayed(), monitor("part"), SaveAt(tmp_path, 8), max_steps=9)
+    resumed = fit(
+        Paired(), replayed(), monitor("part"), SaveAt(tmp_path / "unused", 99), ckpt_path=tmp_path / "last.ckpt"
+    )
+    assert same(everything(resumed)[:2], everything(whole)[:2])
+    found = rows(tmp_path / "part")
+    if mode == "piecewise":
+        windows = [int(step) for step, path, _, _ in found if path == "gradient_flow"]
+        assert windows == [*range(5), *range(9, 13)]
+    else:
+        assert found == rows(tmp_path / "whole")
 
 
 # --- FlowLog ---------------------------------------------------------------------------------------------------------
