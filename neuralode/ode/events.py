@@ -36,13 +36,14 @@ class EventWatch:
     A sample is held with its gradient: another one that depends on it from the next step on depends on its event.
     """
 
-    def __init__(self, events: Event | Sequence[Event], args: tuple[Any, ...], loop: Loop, packing: Packing):
+    def __init__(self, events: Event | Sequence[Event], args: tuple[Any, ...], loop: Loop, packing: Packing,
+                 keep_dense: bool = False):  # fmt: skip
         self.events = list(events) if isinstance(events, Sequence) else [events]
         if not self.events:
             raise UsageError("events is an empty list; give one event or more, or leave it out.")
         if odd := [event for event in self.events if not callable(event)]:
             raise UsageError(f"events holds {odd[0]!r}; an event is a function g(t, y), or give a list of such.")
-        self.args, self.loop, self.packing = args, loop, packing
+        self.args, self.loop, self.packing, self.keep_dense = args, loop, packing, keep_dense
         y = loop.y
         self.count = len(y) if y.dim() else 1
         self.shape: tuple[int, ...] = (self.count, *[1] * (y.dim() - 1)) if y.dim() else ()
@@ -68,7 +69,8 @@ class EventWatch:
 
     def look(self) -> bool:
         """Takes in the last step; true if every sample has met an event."""
-        piece = self.loop.extras.dense[-1]
+        pieces = self.loop.extras.dense
+        piece = pieces[-1] if self.keep_dense else pieces.pop()
         met = self._met(piece)
         if not bool(met.any()):
             return False

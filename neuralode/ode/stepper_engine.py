@@ -50,7 +50,7 @@ def run(
     y = packing.pack(y0)
     counted = CountedField(packing.field(field), args, lambda dy, _: packing.check(dy))
     loop = begin(field, y0, y, ts, config, counted, packing, stats, by_sample, keep_dense, events is not None)
-    watch = None if events is None else EventWatch(events, args, loop, packing)
+    watch = None if events is None else EventWatch(events, args, loop, packing, keep_dense)
     try:
         if watch is None:
             ys = _integrate(loop, field, packing, config, stats)

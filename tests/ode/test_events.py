@@ -10,6 +10,7 @@ import torch
 
 from neuralode.errors import UsageError
 from neuralode.ode import solve
+from neuralode.ode.events import EventWatch
 from neuralode.ode.methods import METHODS, takes_fixed_steps
 
 METHOD_NAMES = ["dopri5", "tsit5", "rk4", "bosh3", "esdirk4", "dop853", "dopri8", "euler"]
@@ -416,3 +417,16 @@ def test_a_sample_that_met_its_event_is_left_there(per_sample: bool, kernels: bo
     assert found.events.happened.tolist() == [True, False]
     assert len(beyond) > 1000
     assert sum(beyond) < 10
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+@pytest.mark.parametrize("dense", [True, False])
+def test_dense_output_of_the_steps_is_kept_where_it_is_asked_for(
+    dense: bool, per_sample: bool, monkeypatch: Any
+) -> None:
+    kept = []
+    fill = EventWatch.fill
+    monkeypatch.setattr(EventWatch, "fill", lambda self, ts: (kept.append(self.loop.extras.dense), fill(self, ts))[1])
+    y0 = torch.ones(2, 1, dtype=torch.float64)
+    solution = solve(lambda t, y: -y, y0, SPAN, events=lambda t, y: y[:, 0] - 0.3, dense=dense, per_sample=per_sample)
+    assert len(kept[0]) == (max(solution.stats.accepted, 1) if dense else 0)
