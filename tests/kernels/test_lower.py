@@ -188,6 +188,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "t.view.expand": with_time(lambda t, y: torch.cat([y, t.view(1, 1).expand(y.shape[0], 1)], dim=-1)),
     "t.reshape.repeat-free": with_time(lambda t, y: torch.cat([y, t.reshape(1, 1) + 0 * y[:, :1]], dim=-1)),
     "full_like + t": with_time(lambda t, y: torch.hstack([y, torch.full_like(y[:, :1], 0.0) + t])),
+    "a number in single precision": layer(lambda self, t, y: y * torch.full((3,), 0.1, dtype=torch.float32)),
     "time written in": with_time(lambda t, y: written(t, y)),
     "concat squash": lambda: Net(concat_squash, layer=nn.Linear(3, 3), gate=nn.Linear(1, 3),
                                  bias=nn.Linear(1, 3, bias=False)),

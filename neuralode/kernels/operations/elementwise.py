@@ -222,7 +222,9 @@ _FILLED = {aten.full.default, aten.full_like.default, aten.new_full.default, ate
 @handles(*_MADE, *_FILLED)
 def _make(writer: Writer, func: Any, args: Any, kwargs: Any) -> Any:
     value = _MADE.get(func, args[0] if func is aten.scalar_tensor.default else args[-1])
-    return writer.filled(func(*args, **kwargs), float(value))
+    out = func(*args, **kwargs)
+    rounded = torch.full((), value, dtype=out.dtype, device="cpu")  # as the tensor has it
+    return writer.filled(out, float(rounded))
 
 
 @handles(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
