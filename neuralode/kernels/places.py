@@ -314,6 +314,7 @@ class Entries(Place):
         self.container, self.kept = container, container.copy()
         self.counts = not isinstance(container, collections.deque)
         self._whole = isinstance(container, set) or len(container) > LARGE
+        self._ordered = isinstance(container, dict) and len(container) > 1
         before = {} if self._whole else self.kept
         super().__init__(before if isinstance(before, dict) else dict(enumerate(before)), container)
 
@@ -326,14 +327,15 @@ class Entries(Place):
         self.container[name] = value
 
     def added(self) -> Any:
-        changed = len(self.container) != self.count or (self._whole and self._other())
+        changed = len(self.container) != self.count or ((self._whole or self._ordered) and self._other())
         return type(self.container).__name__ if changed else None
 
     def _other(self) -> bool:
-        """Whether an entry is another than it was."""
+        """Whether an entry is another than it was, or the keys stand in another order."""
         if isinstance(self.container, set):
             return bool(self.kept != self.container)
-        return not all(map(operator.is_, _parts(self.container), _parts(self.kept)))
+        parts = _parts if self._whole else iter
+        return not all(map(operator.is_, parts(self.container), parts(self.kept)))
 
     def restore(self) -> None:
         self.container.clear()

@@ -263,6 +263,8 @@ class _Modules:
         self._hooks = [attributes[name] for attributes in own for name in HOOKS]
         self._dicts = [*own, *(attributes[name] for attributes in own for name in _HELD)]
         self._sizes = list(map(len, self._dicts))
+        self._filled = [held for held in self._dicts if held]
+        self._children = [attributes["_modules"] for attributes in own if attributes["_modules"]]
         self._values = list(self._now())
         names = [(i, name) for i, attributes in enumerate(own) for name in attributes]
         moving = {(i, c.name) for i, module in enumerate(modules) for c in counters if c.place.is_of(module)}
@@ -281,4 +283,5 @@ class _Modules:
         return all(map(operator.is_, now, self._values))
 
     def _now(self) -> Iterator[Any]:
-        return itertools.chain.from_iterable(map(dict.values, self._dicts))
+        """Values, and the names of modules within modules, in order: a field may go through them."""
+        return itertools.chain.from_iterable(itertools.chain(map(dict.values, self._filled), self._children))

@@ -25,7 +25,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(3, 5), nn.Softplus(), nn.Dropout(0.5), nn.Linear(5, 3)).eval()
-        self.factor, self.nfe, self.coefficients, self.settings = 2.0, 0, [1.0, 2.0], {"power": 2}
+        self.factor, self.nfe, self.coefficients, self.settings = 2.0, 0, [1.0, 2.0], {"power": 2, "base": 3}
         self.register_buffer("shift", torch.ones(3))
 
     def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -87,6 +87,8 @@ CHANGES: dict[str, Callable[[Net], Any]] = {
     "a buffer": lambda f: setattr(f, "shift", torch.randn(3)),
     "an entry of a list": lambda f: f.coefficients.__setitem__(1, 7.0),
     "an entry of a dict": lambda f: f.settings.update(power=3),
+    "the order of a dict": lambda f: f.settings.update(power=f.settings.pop("power")),
+    "the name of a layer": lambda f: f.net._modules.update(last=f.net._modules.pop("3")),
     "a new attribute": lambda f: setattr(f, "more", 1),
     "what wants gradients": lambda f: f.net[0].requires_grad_(False),
     "the forward of an object": lambda f: setattr(f, "forward", lambda t, y: 3 * y),

@@ -116,6 +116,8 @@ EFFECTS: dict[str, Callable[[Field, torch.Tensor], Any]] = {
     "default": lambda self, y: self.default["nfe"],
     "key deleted": lambda self, y: self.stats.pop("nfe"),
     "key replaced": lambda self, y: (self.stats.pop("nfe"), self.stats.update(more=1)),
+    "keys in another order": lambda self, y: self.stats.update(nfe=self.stats.pop("nfe")),
+    "keys of many in another order": lambda self, y: self.many.update({0: self.many.pop(0)}),
     "set": lambda self, y: self.seen.add(2),
     "set replaced": lambda self, y: (self.seen.clear(), self.seen.add(2)),
     "deque": lambda self, y: self.recent.append(3),
