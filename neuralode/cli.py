@@ -64,6 +64,21 @@ def check(overrides: list[str]) -> None:
         raise UsageError("fit=false and test=false leave nothing to do; set one of them to true.")
     if not cfg.fit and cfg.ckpt_path is None:
         raise UsageError("fit=false needs a trained model: give ckpt_path=<run>/checkpoints/best.ckpt.")
+    given = {key: value_of(overrides, key) for key in ("hydra.run.dir", "hydra.sweep.dir")}
+    folders = {key: folder for key, folder in given.items() if folder} or {"paths.runs": str(cfg.paths.runs)}
+    for key, folder in folders.items():
+        if "${" not in folder:
+            _make_folder(key, Path(folder))
+
+
+def _make_folder(key: str, folder: Path) -> None:
+    """Makes the folder of the runs, before Hydra does. Raises UsageError where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UsageError(f"{key}={folder}: {error.strerror or error}; give a folder that can be written to.") from error
 
 
 def list_experiments() -> str:
