@@ -97,7 +97,10 @@ class Task(pl.LightningModule, abc.ABC):
             raise UsageError(f"optimizer: {error}.") from error
         if self._scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler(optimizer), **self._schedule}}
+        schedule = {"scheduler": self._scheduler(optimizer), **self._schedule}
+        if self._schedule["interval"] == "epoch" and str(self._schedule["monitor"]).startswith("val/"):
+            schedule["frequency"] = self.trainer.check_val_every_n_epoch or 1  # there is no value in other epochs
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = self._description

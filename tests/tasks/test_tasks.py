@@ -187,8 +187,8 @@ def test_training_step_returns_the_loss_with_its_graph() -> None:
 def fit(task: Task, targets: torch.Tensor, size: int, folder: Path, **trainer: Any) -> pl.Trainer:
     order = EpochOrder(len(targets), size, shuffle=True, seed=0)
     runner = pl.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, **trainer,
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, **{"max_epochs": 1, **trainer},
     )  # fmt: skip
     loader = ReplayLoader((torch.ones_like(targets), targets), order)
     runner.fit(task, loader, ReplayLoader((torch.ones_like(targets), targets), order))
@@ -218,6 +218,19 @@ def test_scheduler_is_made_of_the_optimizer_and_steps(tmp_path: Path) -> None:
     task = Regression(nn.Linear(1, 1), sgd(1e-3), scheduler, interval="step")
     fit(task, torch.ones(6, 1), 2, tmp_path)
     assert made[0].get_last_lr() == pytest.approx([1e-3 / 8])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scheduler_that_watches_the_validation_steps_with_it(tmp_path: Path) -> None:
+    made: list[torch.optim.lr_scheduler.ReduceLROnPlateau] = []
+
+    def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
+        made.append(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+        return made[-1]
+
+    task = Regression(nn.Linear(1, 1), sgd(1e-3), scheduler, scheduler_monitor="val/loss")
+    fit(task, torch.ones(6, 1), 2, tmp_path, max_epochs=5, check_val_every_n_epoch=2)
+    assert made[0].last_epoch == 2
 
 
 def test_checkpoint_carries_the_description_and_the_sums_so_far() -> None:
