@@ -81,6 +81,11 @@ def _rule(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> UpdateRule
     return UpdateRule("adamw" if apart else "adam", lr, beta, square=square, eps=group["eps"], weight_decay=decay)
 
 
+def rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rate of each group."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
 def moving(optimizer: torch.optim.Optimizer) -> list[list[torch.nn.Parameter]]:
     """The weights that move, group by group: θ is made of them in this order."""
     return [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from neuralode.callbacks.gradient_flow.words import name_of
 from neuralode.errors import UsageError, unknown
 from neuralode.gradient_flow import GradientField, OptimizerFlow, Sharpness, capture, update_rules
 from neuralode.gradient_flow.plane import PLANES
-from neuralode.gradient_flow.update_rule import moving
+from neuralode.gradient_flow.update_rule import moving, rates
 from neuralode.ode import SolveError
 
 _WEIGHTS = {"defect": 2.0, "sharpness": 2.0, "derivatives": 1.0, "paths": 3.0, "figures": 1.0}
@@ -95,27 +96,29 @@ class GradientFlowMonitor(pl.Callback):
             "paths": paths,
             "figures": 10 * every if budget is None else every,  # they are dear where nothing bounds them
         }
-        self.governor = Governor(cadences, _WEIGHTS, budget, at_end="figures")
+        self._new_governor = partial(Governor, cadences, _WEIGHTS, budget, at_end="figures")
+        self._new_window = partial(Window, window, mode == "piecewise")
+        self._off = False
+        self._log: FlowLog | None = None
+        self._settings: Settings | None = None
+        self._batch: Any = None
+        self._loaded: Mapping[str, Any] = {}
+        self._final: Mapping[str, Any] = {}
+        """The state after a fit, for checkpoints that are saved only then, and for a fit that goes on with it."""
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forgets what an earlier fit has left."""
+        self.governor, self.window, self.globally = self._new_governor(), self._new_window(), Global()
         self.defect, self.edge, self.flow_sharpness = Defect(), Edge(), Sharpness()
-        self.window = Window(window, mode == "piecewise")
-        self.globally = Global()
         self.summary: dict[str, float] = {}
         """Figures for the run's result."""
         self.paths: Paths | None = None
         """The last window, or the whole run."""
-        self._gradient_seconds = 0.0
-        self._s = 0.0
-        self._seen = -1
+        self._gradient_seconds, self._s, self._seen, self._warned = 0.0, 0.0, -1, False
         self._batches: list[Any] = []
         self._lrs: list[float] = []
         self._words = "Sharpness was not measured."
-        self._off = self._warned = False
-        self._log: FlowLog | None = None
-        self._settings: Settings | None = None
-        self._batch: Any = None
-        self._loaded: Mapping[str, Any] | None = None
-        self._final: Mapping[str, Any] | None = None
-        """The state after a fit, for checkpoints that are saved only then."""
 
     # --- hooks -------------------------------------------------------------------------------------------------------
 
@@ -135,18 +138,19 @@ class GradientFlowMonitor(pl.Callback):
         self._guarded(trainer, self._finish, trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._final = self.state_dict()
+        self._final, self._loaded = self.state_dict(), {}
         if self._log is not None:
             self._log.close()
         self._log = self._settings = self._batch = None
 
     def state_dict(self) -> dict[str, Any]:
         if self._off or self._settings is None or self._log is None:
-            return dict(self._final or self._loaded or {})
+            return dict(self._loaded or self._final)
         parts = {name: getattr(self, name).state_dict() for name in _PARTS}
         return parts | {
             "s": self._s, "batch": self._batch if savable(self._batch) else None, "mode": self.mode,
             "summary": dict(self.summary), "trusts": self.defect.trusts_training, "rows": self._log.rows,
+            "step": self._seen,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -170,15 +174,16 @@ class GradientFlowMonitor(pl.Callback):
         if reason:
             raise UsageError(f"this training cannot be monitored: {reason}.")
         update_rules(self._optimizer(trainer))
-        resumed = self._loaded if self._loaded and self._loaded.get("mode") == self.mode else None
-        self._seen = trainer.global_step
-        self._log = (
-            FlowLog(trainer, self.folder, trainer.global_step, resumed["rows"])
-            if resumed
-            else FlowLog(trainer, self.folder)
-        )
+        goes_on = self._final.get("step") == trainer.global_step
+        resumed = self._loaded or (self._final if goes_on else {})
+        if resumed.get("mode") != self.mode:
+            resumed = {}
+        self._reset()
+        self._final, self._seen = resumed, trainer.global_step
+        at = (trainer.global_step, resumed["rows"]) if resumed else ()
+        self._log = FlowLog(trainer, self.folder, *at)
         self.governor.start()
-        self._batch = resumed["batch"] if resumed else None
+        self._batch = resumed.get("batch")
         if self._batch is None:  # the same again, where it could not be saved
             self._batch = probe_batch(trainer, module, self.samples)
         if resumed:
@@ -186,7 +191,7 @@ class GradientFlowMonitor(pl.Callback):
         if self._batch is not None:
             self._prepare(trainer, module)
             if not resumed:
-                self._lrs = _rates(self._optimizer(trainer))
+                self._lrs = rates(self._optimizer(trainer))
                 self._measure_due(trainer)
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
@@ -224,7 +229,7 @@ class GradientFlowMonitor(pl.Callback):
 
     def _note_gradient(self, trainer: pl.Trainer, optimizer: Any) -> None:
         """Before a step: its learning rates, and the gradient that it takes, before clipping."""
-        self._lrs, weights = _rates(optimizer), _weights(optimizer)
+        self._lrs, weights = rates(optimizer), _weights(optimizer)
         # a gradient on the step's own batch takes less time than a step
         self.governor.expect("defect", self.governor.wall / max(trainer.global_step, 1))
         if self._settings is not None and self.governor.allows("defect", trainer.global_step):
@@ -386,11 +391,6 @@ class GradientFlowMonitor(pl.Callback):
     @staticmethod
     def _optimizer(trainer: pl.Trainer) -> torch.optim.Optimizer:
         return trainer.optimizers[0]
-
-
-def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """The learning rate of each group."""
-    return [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def _weights(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

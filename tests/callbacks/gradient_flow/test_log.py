@@ -100,6 +100,35 @@ def test_resume_of_a_finished_run_saved_by_hand(tmp_path: Path) -> None:
     assert times == pytest.approx({k: 0.05 * k for k in range(16)})
 
 
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_second_fit_goes_on(mode: str, tmp_path: Path) -> None:
+    monitor, module = GradientFlowMonitor(str(tmp_path), mode, **SMALL), Plain()
+    trainer = fit(module, replayed(), monitor)
+    before, share = rows(tmp_path), monitor.governor.spent
+    trainer.fit_loop.max_epochs = 6
+    trainer.fit(module, replayed())
+    after = rows(tmp_path)
+    assert after[: len(before)] == before
+    times = {int(step): float(value) for step, _, tag, value in after if tag == "flow/time"}
+    assert times == pytest.approx({k: 0.05 * k for k in range(24)})
+    assert monitor.governor.spent > share
+    assert {int(step) for step, _, tag, _ in after if tag == "flow/sharpness"} >= {0, 3, 6, 9, 12, 15, 18, 21, 24}
+    assert mode != "global" or monitor.paths.steps == [*range(0, 25, 4)]  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_fit_of_another_run_starts_afresh(mode: str, tmp_path: Path) -> None:
+    used = GradientFlowMonitor(str(tmp_path / "used"), mode, **SMALL)
+    fit(Plain(), replayed(), used, max_steps=7)
+    fit(Plain(), replayed(), used)
+    fresh = GradientFlowMonitor(str(tmp_path / "fresh"), mode, **SMALL)
+    fit(Plain(), replayed(), fresh)
+    assert rows(tmp_path / "used") == rows(tmp_path / "fresh")
+    assert used.summary.keys() == fresh.summary.keys()
+
+
 class Pair(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor
