@@ -10,7 +10,6 @@ import torch
 
 from neuralode.errors import UsageError
 from neuralode.ode import solve
-from neuralode.ode.events import EventWatch
 from neuralode.ode.methods import METHODS, takes_fixed_steps
 
 METHOD_NAMES = ["dopri5", "tsit5", "rk4", "bosh3", "esdirk4", "dop853", "dopri8", "euler"]
@@ -397,36 +396,3 @@ def test_dense_output_goes_to_the_end_where_events_stop_all_before(per_sample: b
                      per_sample=per_sample, rtol=1e-9, atol=1e-9)  # fmt: skip
     assert solution.dense is not None
     torch.testing.assert_close(solution.dense(19.0), torch.full_like(y0, 1.5), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.parametrize("per_sample", [True, False])
-def test_a_sample_that_met_its_event_is_left_there(per_sample: bool, kernels: bool, monkeypatch: Any) -> None:
-    """The field is hardly asked beyond it, where it may have nothing to say."""
-    if not kernels:
-        monkeypatch.setattr("neuralode.kernels.stages.library", lambda: None)
-    beyond = []
-
-    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        beyond.append(bool(y[0, 0] > 1.1))
-        return torch.tensor([[1.0], [-0.1]], dtype=y.dtype) * (1 + torch.sin(20 * t)).expand(2, 1)
-
-    y0 = torch.zeros(2, 1, dtype=torch.float64)
-    found = solve(field, y0, [0.0, 10.0], events=lambda t, y: y[:, 0] - 1, per_sample=per_sample, rtol=1e-8, atol=1e-8)
-    assert found.events is not None
-    assert found.events.happened.tolist() == [True, False]
-    assert len(beyond) > 1000
-    assert sum(beyond) < 10
-
-
-@pytest.mark.parametrize("per_sample", [True, False])
-@pytest.mark.parametrize("dense", [True, False])
-def test_dense_output_of_the_steps_is_kept_where_it_is_asked_for(
-    dense: bool, per_sample: bool, monkeypatch: Any
-) -> None:
-    kept = []
-    fill = EventWatch.fill
-    monkeypatch.setattr(EventWatch, "fill", lambda self, ts: (kept.append(self.loop.extras.dense), fill(self, ts))[1])
-    y0 = torch.ones(2, 1, dtype=torch.float64)
-    solution = solve(lambda t, y: -y, y0, SPAN, events=lambda t, y: y[:, 0] - 0.3, dense=dense, per_sample=per_sample)
-    assert len(kept[0]) == (max(solution.stats.accepted, 1) if dense else 0)
