@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from neuralode.callbacks import ExactResume, GradientFlowMonitor, SolverMonitor
 from neuralode.data import DATA, ArrayData
-from neuralode.errors import UsageError
+from neuralode.errors import UsageError, unknown
 from neuralode.models import FIELDS, build_model
 from neuralode.models.registry import MODELS, import_field
 from neuralode.models.saved import describe, read_checkpoint
@@ -67,6 +67,8 @@ def _train(cfg: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any
     pl.seed_everything(cfg.seed, verbose=False)
     data = build_data(cfg)
     task = build_task(cfg, data)
+    if cfg.fit:
+        _refuse_unknown_metrics(cfg, task)
     callbacks = [instantiate(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     loggers = [instantiate(node, f"logger.{name}", **_purge(cfg, node)) for name, node in cfg.logger.items() if node]
     if not loggers:  # it has nothing to write to, and says so by an exception
@@ -127,6 +129,17 @@ def _refuse_text(node: Any, key: str) -> None:
                 getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint).replace("typing.", "")
             )
             raise UsageError(f"{key}.{name} is {value!r}; it has to be of type {wanted}.")
+
+
+def _refuse_unknown_metrics(cfg: DictConfig, task: Task) -> None:
+    """Raises UsageError where a callback or the scheduler watches what the task does not log."""
+    logged = [f"{stage}/{name}" for stage in ("train", "val") for name in task.measures]
+    watchers = {"scheduler": cfg.scheduler, **{f"callbacks.{name}": node for name, node in cfg.callbacks.items()}}
+    for key, node in watchers.items() if logged else ():
+        metric = node.get("monitor") if node else None
+        if metric is not None and metric not in (*logged, "train/loss_step", "epoch", "step"):
+            key = "monitor.metric" if metric == cfg.monitor.metric else f"{key}.monitor"
+            raise UsageError(f"{key}: " + unknown("metric", metric, logged))
 
 
 def build_data(cfg: DictConfig) -> ArrayData:

@@ -32,6 +32,8 @@ class Task(pl.LightningModule, abc.ABC):
     metric: str
     """The metric by which runs are compared, and its direction."""
     mode: str
+    measures: tuple[str, ...] = ()
+    """What `measure` returns for training and validation, by name; empty where a subclass does not say."""
 
     def __init__(
         self,

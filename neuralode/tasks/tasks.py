@@ -23,6 +23,7 @@ class Classification(Task):
     """
 
     metric, mode = "accuracy", "max"
+    measures = ("loss", "accuracy")
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0, loss: str = "cross_entropy", **task: Any):
         super().__init__(model, **task)
@@ -55,6 +56,7 @@ class Regression(Task):
     """
 
     metric, mode = "loss", "min"
+    measures = ("loss",)
 
     def __init__(self, model: nn.Module, *optimisation: Any, loss: str = "mse", **task: Any):
         super().__init__(model, *optimisation, **task)
@@ -85,6 +87,7 @@ class TrajectoryFitting(Task):
     """
 
     metric, mode = "mae", "min"
+    measures = ("loss", "mae")
 
     def __init__(
         self,

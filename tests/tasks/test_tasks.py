@@ -53,6 +53,7 @@ LOSSES = [math.log1p(math.exp(-2)), math.log1p(math.exp(-1)), 4 + math.log1p(mat
 
 def test_classification() -> None:
     found = values(Classification(Fixed(LOGITS)).measure((torch.zeros(3, 1), CLASSES), "val"))
+    assert set(found) == set(Classification.measures)
     assert found == pytest.approx({"loss": sum(LOSSES) / 3, "accuracy": 2 / 3}, rel=1e-6)
 
 
@@ -72,7 +73,9 @@ def test_label_smoothing_is_for_training_alone() -> None:
 
 def test_regression() -> None:
     task = Regression(Fixed(torch.tensor([[1.0], [2.0]])))
-    assert values(task.measure((torch.zeros(2, 1), torch.tensor([[0.0], [5.0]])), "train")) == {"loss": 5.0}
+    found = values(task.measure((torch.zeros(2, 1), torch.tensor([[0.0], [5.0]])), "train"))
+    assert found == {"loss": 5.0}
+    assert set(found) == set(Regression.measures)
     # would broadcast to [2, 2] and be learned without a word
     with pytest.raises(UsageError, match=r"\(2, 1\) for targets \(2,\)"):
         task.measure((torch.zeros(2, 1), torch.zeros(2)), "train")
@@ -150,7 +153,7 @@ def test_trajectory_errors_are_in_the_units_of_the_data() -> None:
     wanted = {"mae": 5.5 * 8 / 4, "fit_mae": 5.5 * 4 / 3, "forecast_mae": 5.5 * 4}
     found = values(trajectory().measure((RECORD, TIMES), "test"))
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
-    assert set(trajectory().measure((RECORD, TIMES), "val")) == {"loss", "mae"}
+    assert set(trajectory().measure((RECORD, TIMES), "val")) == {"loss", "mae"} == set(TrajectoryFitting.measures)
     assert set(trajectory(train_until=None).measure((RECORD, TIMES), "test")) == {"loss", "mae"}
     assert values(trajectory("mae", None).measure((RECORD, TIMES), "val"))["loss"] == pytest.approx(2.0)
 
