@@ -20,11 +20,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from neuralode.callbacks import ExactResume, GradientFlowMonitor, SolverMonitor
-from neuralode.data import DATA, ArrayData
+from neuralode.data import DATA, ArrayData, SeriesData
 from neuralode.errors import UsageError, unknown
 from neuralode.models import FIELDS, build_model
 from neuralode.models.registry import MODELS, import_field
 from neuralode.models.saved import describe, read_checkpoint
+from neuralode.models.trajectory import TrajectoryModel
 from neuralode.nn import ODEBlock
 from neuralode.results import RESULT, TEST_RESULT, flat, versions, write_result
 from neuralode.schema import solver_config
@@ -161,6 +162,13 @@ def build_task(cfg: DictConfig, data: ArrayData) -> Task:
     offered = {**data.splits.model_args, "solver": solver_config(cfg)}
     model_args |= _accepted(MODELS[name], offered, f"model {name!r}", f"data {cfg.data.name!r}")
     model = build_model(name, model_args)
+    if isinstance(data, SeriesData) and isinstance(model, TrajectoryModel) and len(data.splits.train[0]) > 1:
+        (windows,), (times,) = data.splits.train, data.splits.shared["train"]
+        if model.depends_on_time(windows[:2, 0], times):
+            raise UsageError(
+                f"all windows of data.segment={data.segment} are solved over the times of the first, and the field "
+                f"{model_args.get('field')!r} depends on t; set data.segment=null, or take a field of the state alone."
+            )
 
     task_args = _container(cfg.task)
     cls = TASKS[task_args.pop("name")]

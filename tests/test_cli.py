@@ -34,6 +34,10 @@ MISTAKES = {
     "metric": (["monitor.metric=val/acuracy"], ["monitor.metric", "did you mean 'val/accuracy'"]),
     "metric of another task": (["data=spiral", "model=trajectory", "task=trajectory"], ["monitor.metric", "val/mae"]),
     "metric of the scheduler": (["scheduler=plateau", "scheduler.monitor=val/lss"], ["scheduler.monitor", "val/loss"]),
+    "windows for a field of t": (
+        ["data=spiral", "model=trajectory", "task=trajectory", "monitor=trajectory", "model.field_args.time=true"],
+        ["data.segment=20", "depends on t", "data.segment=null"],
+    ),
     "folder below a file": (["paths.runs=/etc/passwd/runs"], ["paths.runs=/etc/passwd/runs", "written to"]),
     "folder that is a file": (["hydra.run.dir=/etc/passwd"], ["hydra.run.dir=/etc/passwd", "written to"]),
     "folder not to be made": (["paths.runs=/proc/runs"], ["paths.runs=/proc/runs", "written to"]),

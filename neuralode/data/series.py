@@ -17,8 +17,9 @@ from neuralode.ode import odeint
 class SeriesData(ArrayData, abc.ABC):
     """A trajectory y(t), [T, D], observed at times t, [T].
 
-    A training sample is a window of `segment` points; validation is the whole of the fitted part from its first
-    point, test the whole record from there.
+    A training sample is a window of `segment` points. All windows get the times of the first, so that a run refuses
+    them for a field that depends on t. Validation is the whole of the fitted part from its first point, test the whole
+    record from there.
 
     Args:
         segment: points in a training window; None takes the whole fitted part as the one window.

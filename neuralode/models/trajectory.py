@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,20 @@ class TrajectoryModel(nn.Module):
         if self.initial_factor is not None:
             y0 = y0 * self.initial_factor
         return self.block(y0, t).transpose(0, 1) * self.scale
+
+    def depends_on_time(self, y: torch.Tensor, t: torch.Tensor) -> bool:
+        """Whether the field at y [B, D] sees the time: by its graph, and by its values at t[0] and t[-1]."""
+        first = t[0].detach().clone().requires_grad_()
+        found = []
+        try:
+            block = copy.deepcopy(self.block).eval()  # which counts and learns nothing here
+            for time in (first, t[-1]):
+                with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+                    found.append(block.vector_field(time, y / self.scale))
+        except Exception:
+            return False  # a field with a mistake in it: what the solve says of it is clearer
+        seen = found[0].requires_grad and torch.autograd.grad(found[0].sum(), first, allow_unused=True)[0] is not None
+        return seen or not torch.equal(*found)
 
     def vector_field(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """dy/dt in the data's units: [B, D] to [B, D]."""

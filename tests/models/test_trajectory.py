@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from neuralode.models.trajectory import TrajectoryModel
+from neuralode.nn import MLPField, ODEBlock
 from neuralode.ode import SolverConfig, solve
 
 TIMES = torch.tensor([1.0, 1.5, 2.0, 4.0])
@@ -56,6 +57,25 @@ def test_initial_state_can_be_learned() -> None:
     torch.testing.assert_close(predicted[:, 0], starts() * torch.tensor([2.0, 0.5]))
     predicted.sum().backward()
     assert fitted.initial_factor.grad.abs().min() > 0
+
+
+def test_knows_whether_its_field_sees_the_time() -> None:
+    class Pulse(torch.nn.Module):
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return y if t < 2 else -y
+
+    def fitted(field: torch.nn.Module) -> TrajectoryModel:
+        held = model()
+        held.block = ODEBlock(field, TIGHT, output="trajectory")
+        return held
+
+    noisy = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Dropout())
+    for field, seen in [(Pulse(), True), (MLPField(2, time=True), True), (MLPField(2), False), (noisy, False)]:
+        state = torch.get_rng_state()
+        assert fitted(field).depends_on_time(starts(), TIMES) == seen
+        assert torch.equal(torch.get_rng_state(), state) or field is not noisy
+    assert noisy[0].num_batches_tracked == 0
+    assert not TrajectoryModel(2, field="lotka_volterra").depends_on_time(starts(), TIMES)
 
 
 def test_prey_and_predator() -> None:
