@@ -13,7 +13,7 @@ from neuralode.errors import UsageError
 from neuralode.nn.operator import obstacle, reference, register
 from neuralode.nn.operator import solve as solve_operator
 from neuralode.ode import Solution, SolverConfig, Stats, solve_configured
-from neuralode.ode.observed_field import tensors
+from neuralode.ode.observed_field import check_state, tensors
 from neuralode.ode.solution import State
 
 
@@ -119,8 +119,7 @@ class ODEBlock(nn.Module):
         return torch.cat([y0, y0.new_zeros(y0.shape[0], self.augment, *y0.shape[2:])], dim=1)
 
     def _prepare(self, y0: State) -> State:
-        if not all(isinstance(part, torch.Tensor) for part in tensors(y0) or [y0]):
-            raise UsageError(f"y0 is a {type(y0).__name__}; give the initial state as a tensor or a tuple of tensors.")
+        check_state(y0)
         if isinstance(y0, tuple):
             if self.augment:
                 raise UsageError("a tuple state cannot be augmented; append the zeros to the part that needs them.")

@@ -153,7 +153,7 @@ class RowClock:
     def __init__(self, ts: torch.Tensor, rows: Rows):
         self.ts, self.rows = ts, rows
         self.grid = ts.expand(rows.count, -1)
-        self.values = self.grid.detach().double()
+        self.values = self.grid.detach().double().contiguous()
         self.moves = ts.requires_grad and torch.is_grad_enabled()
 
     def with_times(self, ts: torch.Tensor) -> RowClock:

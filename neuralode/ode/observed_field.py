@@ -23,6 +23,12 @@ def tensors(state: State) -> tuple[torch.Tensor, ...]:
     return state if isinstance(state, tuple) else (state,)
 
 
+def check_state(y0: Any) -> None:
+    """Raises UsageError unless it is a tensor or a tuple of tensors."""
+    if not all(isinstance(part, torch.Tensor) for part in tensors(y0) or [y0]):
+        raise UsageError(f"y0 is a {type(y0).__name__}; give the initial state as a tensor or a tuple of tensors.")
+
+
 def refuse_other_arguments(field: Field, args: Sequence[Any]) -> None:
     """Looks, after a solve that ended in a TypeError, whether it was the field's call that could not be made.
 

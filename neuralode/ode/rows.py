@@ -35,7 +35,7 @@ class RowIntegration:
                  step_size: float | None, chunk: int = 1):  # fmt: skip
         self.settings, self.field, self.clock, self.stats, self.chunk = settings, field, clock, stats, chunk
         rows = self.rows = clock.rows
-        times = self.times = clock.values.contiguous()
+        times = clock.values
         self.t, self.end, self.y, self.start = times[:, 0].clone(), times[:, -1], y, y
         self.direction = torch.sign(self.end - self.t)
         self.ended = torch.zeros(rows.count, dtype=torch.bool, device=y.device)
@@ -151,7 +151,7 @@ class RowIntegration:
         if self._judges and isinstance(method, RungeKutta):
             steps = self._judged.after if self._judged else RowSteps(
                 tried.h, tried.t, self.end, self._stretch, self._ceiling, self.last, self.before, tried.lands,
-                self.ended, self.next, self.times,
+                self.ended, self.next, self.clock.values,
             )  # fmt: skip
             judged = self._judged = combine.judge_rows(
                 step.stages, method.error_row, step.y0, step.y1, settings.tolerance, settings.controller,
@@ -216,7 +216,7 @@ class RowIntegration:
             if self._judged is not None:
                 self.next = self._judged.after.output
             else:
-                way = (self.times[:, 1:-1] - self.t[:, None]) * self.direction[:, None]
+                way = (self.clock.values[:, 1:-1] - self.t[:, None]) * self.direction[:, None]
                 self.next = 1 + (way <= 0).sum(1)
             self._unread.append((len(self.accepted), step, before, self.next))
         self.accepted.append(record)

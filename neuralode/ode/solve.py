@@ -20,7 +20,7 @@ from neuralode.ode.eager import eager
 from neuralode.ode.events import Event
 from neuralode.ode.fastest import run_fastest
 from neuralode.ode.methods import METHODS, in_torchdiffeq
-from neuralode.ode.observed_field import Field, refuse_other_arguments, tensors
+from neuralode.ode.observed_field import Field, check_state, refuse_other_arguments, tensors
 from neuralode.ode.setup import unable
 from neuralode.ode.solution import Events, Solution, SolveError, State, Stats, Status
 from neuralode.ode.solver_config import DEFAULT_MAX_STEPS, DEFAULT_MEMORY_BUDGET, SolverConfig
@@ -179,8 +179,7 @@ def _differentiates(method: str) -> bool:
 
 
 def _check_arguments(y0: State, args: Sequence[Any]) -> None:
-    if not all(isinstance(part, torch.Tensor) for part in tensors(y0) or [y0]):
-        raise UsageError(f"y0 is a {type(y0).__name__}; give the initial state as a tensor or a tuple of tensors.")
+    check_state(y0)
     if not isinstance(args, tuple | list):
         raise UsageError(f"args is a {type(args).__name__}; give the field's further arguments as a tuple, args=(a,).")
 
