@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from neuralode.kernels.library import Runtime, library, runtime
-from neuralode.kernels.task import Double, Int, Long, Pointer
+from neuralode.kernels.task import Double, Int, Limits, Long, Pointer
 
 
 class _Slopes(ctypes.Structure):
@@ -63,9 +63,7 @@ def error_ratio(slopes: Sequence[torch.Tensor], weights: Sequence[float], y: tor
 
 class _RowControl(ctypes.Structure):
     _fields_ = [
-        *((name, Double) for name in (
-            "rtol", "atol", "integral", "proportional", "derivative", "safety", "min_factor", "max_factor")),
-        ("order", Int),
+        ("limits", Limits), ("order", Int),
         *((name, Pointer) for name in (
             "h", "t", "end", "stretch", "ceiling", "last", "before", "lands", "ended", "output",
             "moved", "next_t", "next_h", "size", "next_ceiling", "next_last", "next_before",
@@ -142,7 +140,7 @@ def judge_rows(slopes: Sequence[torch.Tensor], weights: Sequence[float], y: torc
     output = torch.empty_like(steps.output)
     *at, times = (x.data_ptr() for x in steps)
     found = _RowControl(
-        *tolerances, *control, order, *at, *_rows_of(kept), *_rows_of(numbers), *[None] * (5 - len(numbers)),
+        Limits(*tolerances, *control), order, *at, *_rows_of(kept), *_rows_of(numbers), *[None] * (5 - len(numbers)),
         landed.data_ptr(), *_rows_of(flags), output.data_ptr(), times, steps.times.shape[1],
     )  # fmt: skip
     breaks = int(_call("judge_rows", y, given, y.data_ptr(), y1.data_ptr(), count, ctypes.addressof(found)))

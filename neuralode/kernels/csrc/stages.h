@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "control.h"
 #include "team.h"
 
 namespace neuralode {
@@ -83,9 +84,9 @@ inline void pull_stage(const Slopes& s, const T* g, T* const* to, const Workers&
     });
 }
 
-// Rows that have steps of their own: the controller's numbers, and [rows] each of the rest.
+// Rows that have steps of their own: tolerances and controller, and [rows] each of the rest.
 struct RowControl {
-    double rtol, atol, integral, proportional, derivative, safety, min_factor, max_factor;
+    Limits limits;  // what they say of first steps and of numbers of steps is not asked
     int32_t order;                              // of the error's estimate
     const double *h, *t, *end, *stretch;        // the step that was tried, signed, from t; how far one may reach for the end
     const double *ceiling, *last, *before;      // the most that it may grow; error ratios of accepted steps
@@ -120,7 +121,7 @@ inline void row_ratios(const Slopes& s, const T* y, const T* y1, int64_t from, i
                 T squares = 0;
                 for (int64_t k = i; k < i + part; k++) {
                     const T a = std::fabs(y[start + k]), b = std::fabs(y1[start + k]);
-                    const T ratio = h * sum[k] / ((a > b || a != a ? a : b) * T(c.rtol) + T(c.atol));
+                    const T ratio = h * sum[k] / ((a > b || a != a ? a : b) * T(c.limits.rtol) + T(c.limits.atol));
                     squares += ratio * ratio;
                 }
                 ratios[r] += squares;
@@ -136,23 +137,15 @@ template <typename T>
 inline int64_t judge_rows(const Slopes& s, const T* y, const T* y1, int64_t rows, RowControl& c,
                           const Workers& workers) {
     const int64_t width = s.count / rows;
-    const bool remembers = c.proportional != 0 || c.derivative != 0;
-    const double now = -(c.integral + c.proportional + c.derivative) / c.order;
-    const double then = (c.proportional + 2 * c.derivative) / c.order, earlier = -c.derivative / c.order;
     auto judge = [&](int64_t r, double ratio) {
-        const bool stands = ratio <= 1;
+        Progress row;
+        row.size = std::fabs(c.h[r]), row.rejected = c.ceiling[r] == 1;
+        if (c.next_last) row.last = c.last[r], row.before = c.before[r];
+        const bool stands = row.accepts(c.limits, c.order, ratio);
         c.broken[r] = !std::isfinite(ratio);
-        ratio = std::isfinite(ratio) ? std::min(std::max(ratio, 1e-10), 1e10) : 1e10;
-        double factor = c.safety * std::pow(ratio, now);
-        if (remembers) factor *= std::pow(c.last[r], then) * std::pow(c.before[r], earlier);
-        factor = std::max(factor, c.min_factor);
-        if (stands && !remembers) factor = std::max(factor, 1.0);  // an accepted step does not shrink the next
-        c.next_ceiling[r] = stands ? c.max_factor : 1;             // after a rejected one no step grows
-        c.size[r] = std::fabs(c.h[r]) * std::min(factor, std::min(c.ceiling[r], c.next_ceiling[r]));
-        if (remembers) {
-            c.next_before[r] = stands ? c.last[r] : c.before[r];
-            c.next_last[r] = stands ? ratio : c.last[r];
-        }
+        c.size[r] = row.size;
+        c.next_ceiling[r] = stands ? c.limits.max_factor : 1;
+        if (c.next_last) c.next_last[r] = row.last, c.next_before[r] = row.before;
         c.accepted[r] = stands && !c.ended[r];
         c.moved[r] = c.accepted[r] ? c.h[r] : 0;
         c.landed[r] = c.lands[r] && c.accepted[r];
