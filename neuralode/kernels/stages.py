@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ import torch
 
 from neuralode.kernels.library import Runtime, library, runtime
 from neuralode.kernels.task import Double, Int, Limits, Long, Pointer
+
+_DTYPES = (torch.float32, torch.float64)
 
 
 class _Slopes(ctypes.Structure):
@@ -22,15 +25,13 @@ class _Workers(ctypes.Structure):
 
 def serves(y: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
     """Whether these operations can take a state and what goes with it: plain tensors that lie alike in memory."""
-    kind = y.dtype, y.shape
-    return (
-        y.dtype in (torch.float32, torch.float64)
-        and y.device.type == "cpu"
-        and type(y) is torch.Tensor
-        and y.is_contiguous()
-        and all(type(x) is torch.Tensor and (x.dtype, x.shape) == kind and x.is_contiguous() for x in others)
-        and library() is not None
-    )
+    dtype, count = y.dtype, y.numel()
+    if not (y.is_cpu and dtype in _DTYPES and type(y) is torch.Tensor and y.is_contiguous()):
+        return False
+    for x in others:
+        if type(x) is not torch.Tensor or x.dtype is not dtype or x.numel() != count or not x.is_contiguous():
+            return False
+    return library() is not None
 
 
 def take_stage(y: torch.Tensor, slopes: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
@@ -162,10 +163,15 @@ def _rows_of(x: torch.Tensor) -> list[int]:
 def _call(name: str, like: torch.Tensor, slopes: _Slopes, *rest: int | float) -> float:
     loaded = library()
     assert loaded is not None
-    workers = _Workers(runtime(), torch.get_num_threads())
+    workers = _workers(torch.get_num_threads())
     function = getattr(loaded.functions, f"neuralode_{name}")
     found: float = function(like.dtype == torch.float64, ctypes.addressof(slopes), *rest, ctypes.addressof(workers))
     return found
+
+
+@functools.cache
+def _workers(threads: int) -> _Workers:
+    return _Workers(runtime(), threads)
 
 
 def _slopes(y: torch.Tensor, slopes: Sequence[torch.Tensor], weights: Sequence[float]) -> tuple[_Slopes, object]:
@@ -175,4 +181,4 @@ def _slopes(y: torch.Tensor, slopes: Sequence[torch.Tensor], weights: Sequence[f
 
 
 def _pointers(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (Pointer * max(1, len(tensors)))(*(x.data_ptr() for x in tensors))
+    return (Pointer * max(1, len(tensors)))(*[x.data_ptr() for x in tensors])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +59,26 @@ class Clock:
             return t
         anchor = output - 1 if self.lands else 0
         return self.ts[anchor] + (t - self.values[anchor])
+
+    def step(self, t: float, h: float, plan: Any, output: int) -> Accepted:
+        """The step of size h from t as a part of the frozen grid, `output` being the next output's index."""
+        values, direction, last = self.values, self.direction, output
+        end = t + h
+        rounding = 1e-12 * max(abs(end), abs(h))
+        if (values[last] - end) * direction > rounding:
+            return Accepted(t, h, plan, range(output, output), False)
+        while last < len(values) and (values[last] - end) * direction <= rounding:
+            last += 1
+        lands = last > output and abs(values[last - 1] - end) <= rounding
+        return Accepted(t, h, plan, range(output, last), lands)
+
+    def steps_of(self, grid: Sequence[float]) -> list[Accepted]:
+        """The steps of a grid that leads from the first output time to the last."""
+        steps, output = list[Accepted](), 1
+        for start, end in itertools.pairwise(grid):
+            steps.append(self.step(start, end - start, None, output))
+            output = steps[-1].outputs.stop
+        return steps
 
     def place(self, step: Accepted) -> tuple[Any, Any]:
         """Time and size of a step as the method takes them: floats, or tensors that carry a gradient."""

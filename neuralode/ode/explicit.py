@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -135,11 +136,20 @@ class RungeKutta:
         """Nothing to fix: an explicit step needs its size alone."""
         return h, None
 
+    def moments(self, grid: Sequence[float], y: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """For each step of a given grid the times of its stages, as the field receives them."""
+        c, real = self.tableau.c, y.dtype.to_real()
+        for first in range(0, len(grid) - 1, _AT_ONCE):
+            steps = itertools.pairwise(grid[first : first + _AT_ONCE + 1])
+            times = [start + ci * (end - start) for start, end in steps for ci in c]
+            made = torch.tensor(times, dtype=real, device=y.device).unbind()
+            yield from zip(*[iter(made)] * len(c), strict=True)
+
     def step(self, field: Evaluate, t: Any, h: Any, y: torch.Tensor, f0: torch.Tensor, plan: Any = None,
              complete: bool = True) -> Step:  # fmt: skip
         """One step from (t, y) of size h, f0 being f(t, y); if not `complete`, only y1 is wanted of it."""
         tableau = self.tableau
-        times = moments(t, h, self._later, y) if self._later else ()
+        times = plan or moments(t, h, self._later, y)
         stages = [f0]
         for row, time in zip(self._inner, times, strict=False):
             stages.append(field(time, combine.stage(y, stages, row, h)))
@@ -182,3 +192,5 @@ class RungeKutta:
 
 
 _TINY = 1e-30
+_AT_ONCE = 256
+"""Steps of a given grid whose times are made as one tensor: a tensor each takes twice as long."""

@@ -85,7 +85,10 @@ def lasting(dy: torch.Tensor) -> torch.Tensor:
 
 def writes(x: torch.Tensor) -> int | None:
     """How often x's memory has been written to since it was made; None in inference mode, where PyTorch counts none."""
-    return None if x.is_inference() else x._version
+    try:
+        return x._version
+    except RuntimeError:
+        return None
 
 
 _RULE = "dy/dt has to have the shape of y."

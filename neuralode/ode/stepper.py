@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,12 +90,12 @@ class CountedField:
 
     def __call__(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         self.nfe += 1
-        before, before_t = writes(y), writes(t)
         copies = (y.detach().clone(), t.detach().clone()) if self.writes or self.nfe == 1 else (None, None)
+        before, before_t = writes(y), writes(t)
         dy = self.field(t, y, *self.args)
-        if before is not None and y._version != before:
+        if writes(y) != before:
             self._check_written(y, copies[0], "state", "dy = -y instead of y *= -1, or start from y.clone()")
-        if before_t is not None and t._version != before_t:
+        if writes(t) != before_t:
             self._check_written(t, copies[1], "time", "t = 2 * t instead of t *= 2, or start from t.clone()")
         if not isinstance(dy, torch.Tensor) or dy.shape != y.shape:
             self.refuse(dy, y)
@@ -167,21 +166,18 @@ class Integration:
         """Takes the steps of a given grid, with as little as possible around the field."""
         if len(grid) - 1 > self.settings.max_steps:
             raise Failure(Status.MAX_STEPS, self.t, self.y, grid[1] - grid[0])
-        method, field = self.settings.method, self.field
-        graphs = field.graphs - _graphs(self.f0)
-        y, f0 = self.y, self.f0
-        for start, end in itertools.pairwise(grid):
-            self.t = start
-            record = self._record(end - start, None)
-            if f0 is None:
-                f0 = field(moment(start, y), y)
-            step = method.step(field, start, record.h, y, f0, None)
-            self.accepted.append(record)
-            if record.outputs:
+        method, field, graphs = self.settings.method, self.field, self.field.graphs - _graphs(self.f0)
+        assert isinstance(method, RungeKutta)  # the only ones without error control
+        y = self.y
+        f0: torch.Tensor | None = self.slope()
+        self.accepted = self.clock.steps_of(grid)
+        for record, moments in zip(self.accepted, method.moments(grid, y), strict=True):
+            t, h, _, outputs, _ = record
+            step = method.step(field, t, h, y, field(moments[0], y) if f0 is None else f0, moments[1:])
+            if outputs:
                 self.outputs += self.clock.read(method, step, record, field)
-                self.next += len(record.outputs)
             y, f0 = step.y1, step.f1
-        self.t, self.y, self.f0 = grid[-1], y, f0
+        self.t, self.y, self.f0, self.next = grid[-1], y, f0, len(self.clock.values)
         self.in_graph += field.graphs - graphs
         self.stats.accepted, self.stats.step_sizes = len(grid) - 1, [abs(record.h) for record in self.accepted]
 
@@ -227,7 +223,7 @@ class Integration:
         h, plan = settings.method.plan(self.field, self.t, y, h, f0, cut)
         if self.t + h == self.t or not math.isfinite(h):
             raise Failure(Status.STEP_UNDERFLOW, self.t, y, h)
-        record = self._record(h, plan)
+        record = self.clock.step(self.t, h, plan, self.next)
         graphs = self.field.graphs
         step = settings.method.step(self.field, *self.clock.place(record), y, f0, plan)
         if self.size is not None:
@@ -276,18 +272,6 @@ class Integration:
                     ).detach()
 
             return self.settings.tolerance.first_step(y, f0, self.settings.method.order, slope_after)
-
-    def _record(self, h: float, plan: Any) -> Accepted:
-        """The step of size h as a part of the frozen grid: which outputs lie in it, and whether it ends at one."""
-        values, direction, last = self.clock.values, self.clock.direction, self.next
-        end = self.t + h
-        rounding = 1e-12 * max(abs(end), abs(h))
-        if (values[last] - end) * direction > rounding:
-            return Accepted(self.t, h, plan, range(self.next, self.next), False)
-        while last < len(values) and (values[last] - end) * direction <= rounding:
-            last += 1
-        lands = last > self.next and abs(values[last - 1] - end) <= rounding
-        return Accepted(self.t, h, plan, range(self.next, last), lands)
 
     def _move(self, step: Step, record: Accepted) -> None:
         """Goes to the end of an accepted step."""
