@@ -122,42 +122,53 @@ class Judged(NamedTuple):
     """Output times before its last that a row passed, at most."""
 
 
-def judge_rows(slopes: Sequence[torch.Tensor], weights: Sequence[float], y: torch.Tensor, y1: torch.Tensor,
-               tolerances: tuple[float, float], control: tuple[float, ...], order: int,
-               steps: RowSteps) -> Judged:  # fmt: skip
-    """Which rows accept their step, whose error is h · Σⱼ weights[j]·slopes[j], and the steps that come next.
+class RowJudge:
+    """Says of one step after the other which rows accept it, and which steps come next.
+
+    What a solve or its graph may hold on to lies in memory of its own; the rest is written over at the next step.
 
     Args:
         control: integral, proportional, derivative, safety, min_factor and max_factor of a Controller.
-        order: of the error's estimate.
+        order: the error's estimate is O(h^order).
+        steps: the first that are judged.
     """
-    given, alive = _slopes(y, slopes, weights)
-    steps = RowSteps(*[x.contiguous() for x in steps])
-    count, remembers = len(steps.h), bool(control[1] or control[2])
-    kept = torch.empty(2, count, dtype=torch.double)  # memory of its own, for a solve keeps these of all its steps
-    landed = torch.empty(count, dtype=torch.bool)
-    numbers = torch.empty(5 if remembers else 3, count, dtype=torch.double)
-    flags = torch.empty(4, count, dtype=torch.bool)
-    output = torch.empty_like(steps.output)
-    *at, times = (x.data_ptr() for x in steps)
-    found = _RowControl(
-        Limits(*tolerances, *control), order, *at, *_rows_of(kept), *_rows_of(numbers), *[None] * (5 - len(numbers)),
-        landed.data_ptr(), *_rows_of(flags), output.data_ptr(), times, steps.times.shape[1],
-    )  # fmt: skip
-    breaks = int(_call("judge_rows", y, given, y.data_ptr(), y1.data_ptr(), count, ctypes.addressof(found)))
-    del alive
-    moved, t = kept.unbind()
-    h, size, ceiling, *ratios = numbers.unbind()
-    accepted, broken, ended, lands = flags.unbind()
-    last, before = ratios or (steps.last, steps.before)
-    after = RowSteps(h, t, steps.end, steps.stretch, ceiling, last, before, lands, ended, output, steps.times)
-    return Judged(accepted, broken, moved, landed, size, after, breaks, found.smallest, found.most)
 
+    def __init__(self, tolerances: tuple[float, float], control: tuple[float, ...], order: int, steps: RowSteps):
+        written = {"ceiling", "last", "before", "ended"}
+        self.steps = RowSteps(*[
+            x.clone(memory_format=torch.contiguous_format) if name in written else x.contiguous()
+            for name, x in steps._asdict().items()
+        ])  # fmt: skip
+        self._size, self._broken = torch.empty_like(steps.h), torch.empty_like(steps.ended)
+        at = {name: x.data_ptr() for name, x in self.steps._asdict().items()}
+        remembered = {"next_last": at["last"], "next_before": at["before"]} if control[1] or control[2] else {}
+        self._control = _RowControl(
+            Limits(*tolerances, *control), order, **at, **remembered, size=self._size.data_ptr(),
+            next_ceiling=at["ceiling"], broken=self._broken.data_ptr(), now_ended=at["ended"],
+            outputs=steps.times.shape[1],
+        )  # fmt: skip
 
-def _rows_of(x: torch.Tensor) -> list[int]:
-    """Where the rows of a matrix lie."""
-    start, row = x.data_ptr(), x.stride(0) * x.element_size()
-    return [start + i * row for i in range(len(x))]
+    def __call__(self, slopes: Sequence[torch.Tensor], weights: Sequence[float], y: torch.Tensor,
+                 y1: torch.Tensor) -> Judged:  # fmt: skip
+        """What becomes of the steps from y to y1, whose error is h · Σⱼ weights[j]·slopes[j]."""
+        control, steps, count = self._control, self.steps, len(self._size)
+        kept = torch.empty(2, count, dtype=torch.double)
+        h, output = torch.empty(count, dtype=torch.double), torch.empty(count, dtype=torch.long)
+        accepted, landed, lands = [torch.empty(count, dtype=torch.bool) for _ in range(3)]
+        control.moved = kept.data_ptr()
+        control.next_t = control.moved + count * kept.element_size()
+        control.next_h, control.next_output, control.next_lands = h.data_ptr(), output.data_ptr(), lands.data_ptr()
+        control.accepted, control.landed = accepted.data_ptr(), landed.data_ptr()
+        given, alive = _slopes(y, slopes, weights)
+        breaks = _call("judge_rows", y, given, y.data_ptr(), y1.data_ptr(), count, ctypes.addressof(control))
+        del alive
+        control.t, control.h = control.next_t, control.next_h
+        control.output, control.lands = control.next_output, control.next_lands
+        moved, t = kept.unbind()
+        self.steps = RowSteps(h, t, steps.end, steps.stretch, steps.ceiling, steps.last, steps.before, lands,
+                              steps.ended, output, steps.times)  # fmt: skip
+        return Judged(accepted, self._broken, moved, landed, self._size, self.steps, int(breaks), control.smallest,
+                      control.most)  # fmt: skip
 
 
 def _call(name: str, like: torch.Tensor, slopes: _Slopes, *rest: int | float) -> float:

@@ -25,23 +25,24 @@ def nonzero(row: Sequence[float]) -> list[tuple[int, float]]:
 
 def end(y: torch.Tensor, slopes: Sequence[torch.Tensor], row: Row, h: Any) -> torch.Tensor:
     """y + h Σᵢ bᵢkᵢ, the increments summed before y comes in: one rounding at the size of y a step."""
-    if len(row) == 1 and isinstance(h, float):
+    if isinstance(h, torch.Tensor):
+        slope, scale = _slope(slopes, row)
+        return torch.addcmul(y, slope, h if h.dtype == y.dtype else h.to(y.dtype), value=scale)
+    if len(row) == 1:
         return _single(y, slopes, row, h)
-    if _in_one(y, row, h):
+    if y.numel() >= _LARGE:
         return _one(y, slopes, row, h)
     slope, scale = _slope(slopes, row)
-    if isinstance(h, torch.Tensor):
-        return torch.addcmul(y, slope, h.to(y.dtype), value=scale)
     return torch.add(y, slope, alpha=scale * h)
 
 
 def stage(y: torch.Tensor, slopes: Sequence[torch.Tensor], row: Row, h: Any) -> torch.Tensor:
     """y + h Σⱼ aⱼkⱼ."""
-    if len(row) == 1 and isinstance(h, float):
-        return _single(y, slopes, row, h)
     if isinstance(h, torch.Tensor):
         return end(y, slopes, row, h)
-    if _in_one(y, row, h):
+    if len(row) == 1:
+        return _single(y, slopes, row, h)
+    if y.numel() >= _LARGE:
         return _one(y, slopes, row, h)
     for i, weight in row:  # fewest operations, which is what a small field's solve spends its time on
         y = torch.add(y, slopes[i], alpha=weight * h)
@@ -67,19 +68,24 @@ def error_ratio(slopes: Sequence[torch.Tensor], row: Row, h: Any, y0: torch.Tens
     return tolerance.ratio(error(slopes, row, h), y0, y1)
 
 
-def judge_rows(slopes: Sequence[torch.Tensor], row: Row, y0: torch.Tensor, y1: torch.Tensor, tolerance: Tolerance,
-               control: Controller, order: int, steps: kernels.RowSteps) -> kernels.Judged | None:  # fmt: skip
-    """Which rows accept their steps, and the steps that come next; None where the kernels cannot say.
+def judge_of(tolerance: Tolerance, control: Controller, order: int, steps: kernels.RowSteps) -> kernels.RowJudge | None:
+    """Who judges these steps of rows and those after them; None if the kernels do not know such tolerances.
 
     Args:
-        order: the error estimate h Σᵢ eᵢkᵢ is O(h^order).
+        order: the error estimate is O(h^order).
     """
-    used = [slopes[i] for i, _ in row]
-    plain = isinstance(tolerance.rtol, float) and isinstance(tolerance.atol, float) and row and y0.numel()
-    if not plain or watched() or not kernels.serves(y0, (y1, *used)):
+    if not (isinstance(tolerance.rtol, float) and isinstance(tolerance.atol, float)):
         return None
-    tolerances, numbers = (tolerance.rtol, tolerance.atol), tuple(vars(control).values())
-    return kernels.judge_rows(used, [e for _, e in row], y0, y1, tolerances, numbers, order, steps)
+    return kernels.RowJudge((tolerance.rtol, tolerance.atol), tuple(vars(control).values()), order, steps)
+
+
+def judge_rows(judge: kernels.RowJudge, slopes: Sequence[torch.Tensor], row: Row, y0: torch.Tensor,
+               y1: torch.Tensor) -> kernels.Judged | None:  # fmt: skip
+    """Which rows accept their steps from y0 to y1, whose error is h Σᵢ eᵢkᵢ; None where the kernels cannot say."""
+    used = [slopes[i] for i, _ in row]
+    if not (row and y0.numel()) or watched() or not kernels.serves(y0, (y1, *used)):
+        return None
+    return judge(used, [e for _, e in row], y0, y1)
 
 
 def _slope(slopes: Sequence[torch.Tensor], row: Row) -> tuple[torch.Tensor, float]:
@@ -89,10 +95,6 @@ def _slope(slopes: Sequence[torch.Tensor], row: Row) -> tuple[torch.Tensor, floa
     for i, weight in rest:
         slope = torch.add(slope, slopes[i], alpha=weight / scale)
     return slope, scale
-
-
-def _in_one(y: torch.Tensor, row: Row, h: Any) -> bool:
-    return len(row) > 1 and y.numel() >= _LARGE and isinstance(h, float)
 
 
 def _one(y: torch.Tensor, slopes: Sequence[torch.Tensor], row: Row, h: float) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from neuralode.errors import UsageError
-from neuralode.kernels.stages import Judged, RowSteps
+from neuralode.kernels.stages import Judged, RowJudge, RowSteps
 from neuralode.ode import combine
 from neuralode.ode.clock import RowClock, RowStep
 from neuralode.ode.dense import RowDenseOutput, Stop
@@ -68,6 +68,7 @@ class RowIntegration:
         self._finest = float(self._resolution.max()) if chunk == 1 else 0.0
         self._grew = torch.ones((), dtype=self.t.dtype, device=y.device)
         self._judges = chunk == 1 and not rows.shared and settings.method.adaptive
+        self._judge_of: RowJudge | None = None
         self._judged: Judged | None = None
         """What became of the last step, where the kernels judged it and nothing was changed since."""
 
@@ -147,18 +148,11 @@ class RowIntegration:
         Returns:
             The step as they take it, which rows accept, and whether all that the host has looked at is finite.
         """
-        settings, method = self.settings, self.settings.method
+        method = self.settings.method
         if self._judges and isinstance(method, RungeKutta):
-            steps = self._judged.after if self._judged else RowSteps(
-                tried.h, tried.t, self.end, self._stretch, self._ceiling, self.last, self.before, tried.lands,
-                self.ended, self.next, self.clock.values,
-            )  # fmt: skip
-            judged = self._judged = combine.judge_rows(
-                step.stages, method.error_row, step.y0, step.y1, settings.tolerance, settings.controller,
-                method.error_order, steps,
-            )  # fmt: skip
-            if judged is not None:
-                after = judged.after
+            self._judged = self._judge_by_kernels(method, step, tried)
+            if self._judged is not None:
+                judged, after = self._judged, self._judged.after
                 self.t, self.ended, self.size, self._broken = after.t, after.ended, judged.size, judged.broken
                 self._ceiling, self.last, self.before = after.ceiling, after.last, after.before
                 return RowStep(tried.t, judged.moved, judged.landed), judged.accepted, not judged.breaks
@@ -170,6 +164,18 @@ class RowIntegration:
         self.t = torch.where(taken.lands, self.end, tried.t + taken.h)
         self.ended = self.ended | taken.lands
         return taken, accepted, sound
+
+    def _judge_by_kernels(self, method: RungeKutta, step: Step, tried: RowStep) -> Judged | None:
+        if self._judged is None:
+            steps = RowSteps(
+                tried.h, tried.t, self.end, self._stretch, self._ceiling, self.last, self.before, tried.lands,
+                self.ended, self.next, self.clock.values,
+            )  # fmt: skip
+            settings = self.settings
+            self._judge_of = combine.judge_of(settings.tolerance, settings.controller, method.error_order, steps)
+        if self._judge_of is None:
+            return None
+        return combine.judge_rows(self._judge_of, step.stages, method.error_row, step.y0, step.y1)
 
     def _control(self, step: Step, size: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Sets the sizes that come next.

@@ -136,6 +136,14 @@ def tried(h: torch.Tensor) -> combine.kernels.RowSteps:
     )
 
 
+def judge(
+    slopes: list[torch.Tensor], row: combine.Row, y: torch.Tensor, y1: torch.Tensor, tolerance: Tolerance,
+    control: Controller, order: int, steps: combine.kernels.RowSteps,
+) -> combine.kernels.Judged | None:  # fmt: skip
+    who = combine.judge_of(tolerance, control, order, steps)
+    return who and combine.judge_rows(who, slopes, row, y, y1)
+
+
 @pytest.mark.parametrize("controller", ["I", "PI", "PID"])
 @pytest.mark.parametrize("method", ["dopri5", "bosh3", "dop853"])
 def test_rows_are_judged_as_by_operations(method: str, controller: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +168,7 @@ def test_a_row_that_is_not_finite_is_broken_and_the_others_are_not(width: int, d
     y, slopes = state(4, width, dtype=dtype)
     slopes[2][1, 0], slopes[3][2, -1] = math.nan, math.inf
     steps = tried(torch.full((4,), 1e-9, dtype=torch.float64))
-    judged = combine.judge_rows(slopes, ROW, y, y, Tolerance(1e-3, 1e-3), Controller(), 5, steps)
+    judged = judge(slopes, ROW, y, y, Tolerance(1e-3, 1e-3), Controller(), 5, steps)
     assert judged is not None
     assert judged.breaks == 2
     assert judged.broken.tolist() == [False, True, True, False]
@@ -172,13 +180,13 @@ def test_the_kernels_leave_rows_alone_that_they_do_not_know() -> None:
     y, slopes = state(4, 2)
     ones = torch.ones(4, dtype=torch.float64)
     for given, tolerance in (((y, y.mT.contiguous().mT), Tolerance(1e-3, 1e-3)), ((y, y), Tolerance(ones, 1e-3))):
-        assert combine.judge_rows(slopes, ROW, *given, tolerance, Controller(), 5, tried(ones)) is None
+        assert judge(slopes, ROW, *given, tolerance, Controller(), 5, tried(ones)) is None
 
 
 def test_what_a_solve_keeps_of_its_steps_lies_in_no_memory_besides() -> None:
     y, slopes = state(100, 2)
     steps = tried(torch.full((100,), 0.1, dtype=torch.float64))
-    judged = combine.judge_rows(slopes, ROW, y, y, Tolerance(1e-3, 1e-3), Controller(), 5, steps)
+    judged = judge(slopes, ROW, y, y, Tolerance(1e-3, 1e-3), Controller(), 5, steps)
     assert judged is not None
     kept = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
@@ -195,7 +203,7 @@ def test_a_row_is_judged_alike_wherever_it_lies(width: int, dtype: torch.dtype) 
     for first in (0, 2):
         rows = [x[first:].contiguous() for x in (y, *slopes)]
         steps = tried(torch.full((len(rows[0]),), 0.1, dtype=torch.float64))
-        judged = combine.judge_rows(rows[1:], ROW, rows[0], rows[0], Tolerance(1e-3, 1e-3), Controller(), 5, steps)
+        judged = judge(rows[1:], ROW, rows[0], rows[0], Tolerance(1e-3, 1e-3), Controller(), 5, steps)
         assert judged is not None
         sizes.append(judged.size)
     assert torch.equal(sizes[0][2:], sizes[1])
@@ -206,7 +214,7 @@ def test_many_rows_are_judged_by_all_threads(threads: int) -> None:
     torch.set_num_threads(threads)
     y, slopes = state(40_000, 2)
     steps = torch.rand(40_000, dtype=torch.float64)
-    judged = combine.judge_rows(slopes, ROW, y, slopes[1], Tolerance(0.5, 0.5), Controller(), 5, tried(steps))
+    judged = judge(slopes, ROW, y, slopes[1], Tolerance(0.5, 0.5), Controller(), 5, tried(steps))
     assert judged is not None
     error = steps[:, None] * sum(w * slopes[i] for i, w in ROW) / (0.5 + 0.5 * torch.maximum(y.abs(), slopes[1].abs()))
     ratio = error.square().mean(1).sqrt()
@@ -228,7 +236,7 @@ def test_rows_move_by_the_steps_that_stand_and_end_where_they_should() -> None:
         t=torch.tensor([0.0, 0.0, 0.5, 1.0, 0.0], dtype=y.dtype), end=torch.tensor([9.0, 1.0, 1.0, 1.0, -1.0]).double(),
         lands=torch.tensor([False, False, True, True, False]), ended=torch.tensor([False, False, False, True, False]),
     )  # fmt: skip
-    judged = combine.judge_rows(slopes, [(1, 1.0)], y, y, Tolerance(0.0, 1e-9), Controller(), 5, steps)
+    judged = judge(slopes, [(1, 1.0)], y, y, Tolerance(0.0, 1e-9), Controller(), 5, steps)
     assert judged is not None
     assert judged.accepted.tolist() == [True, True, True, False, False]
     assert judged.moved.tolist() == [0.1, 0.1, 0.5, 0.0, 0.0]
@@ -240,7 +248,7 @@ def test_rows_move_by_the_steps_that_stand_and_end_where_they_should() -> None:
     assert judged.smallest == pytest.approx(0.02)
     assert judged.after.output.tolist() == [3, 3, 4, 4, 1]
     assert judged.most == 3
-    done = combine.judge_rows(slopes, [(1, 1.0)], y, y, Tolerance(0.0, 1.0), Controller(), 5,
+    done = judge(slopes, [(1, 1.0)], y, y, Tolerance(0.0, 1.0), Controller(), 5,
                               steps._replace(lands=torch.ones(5, dtype=torch.bool)))  # fmt: skip
     assert done is not None
     assert done.smallest == math.inf
