@@ -31,12 +31,20 @@ class DensePiece(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Where events have stopped samples, in shapes that broadcast against the state."""
+    """Where samples have stopped before the end, in shapes that broadcast against the state."""
 
     happened: torch.Tensor
     times: torch.Tensor
     y: torch.Tensor
     """The state at its last time."""
+
+    @classmethod
+    def of_failures(cls, failed: torch.Tensor, start: torch.Tensor, y: torch.Tensor, others: Stop | None) -> Stop:
+        """Samples that failed are y from the start on; `others` were stopped by events."""
+        if others is None:
+            return cls(failed, start, y)
+        times = torch.where(failed, start, others.times)
+        return cls(others.happened | failed, times, torch.where(failed, y, others.y))
 
     def after(self, t: Any, state: torch.Tensor, direction: Any) -> torch.Tensor:
         """A state at t, in which each sample from its event on stays as it is."""

@@ -71,12 +71,15 @@ class RowIntegration:
         self._judge_of: RowJudge | None = None
         self._judged: Judged | None = None
         """What became of the last step, where the kernels judged it and nothing was changed since."""
+        self.failed_after: torch.Tensor | None = None
+        """Steps after which each row failed, -1 for none, [R]; None where the first that fails ends the solve."""
 
     def run(self, pause: Callable[[], bool] | None = None, on_step: Callable[[Step], None] | None = None) -> None:
         """Steps until every row has ended, or until `pause()` is true after a chunk."""
         while not self.done:
             if len(self.accepted) >= self.settings.max_steps:
                 self._fail(Status.MAX_STEPS)
+                return
             before = self._state() if self._hides_overflow() else None
             for _ in range(self._now):
                 self._step(on_step)
@@ -160,6 +163,10 @@ class RowIntegration:
         if method.adaptive:
             within, sound = self._control(step, tried.h.abs())
             accepted = accepted & within
+        elif self.failed_after is not None:  # of fixed steps a row takes none that overflows, itself or its slope
+            finite = _finite_rows(step.y1 + step.end_slope(self.field))
+            accepted, sound = accepted & finite, bool(finite.all())
+            self._give_up(~self.ended & ~finite)
         taken = RowStep(tried.t, tried.h * accepted, tried.lands & accepted)
         self.t = torch.where(taken.lands, self.end, tried.t + taken.h)
         self.ended = self.ended | taken.lands
@@ -235,6 +242,8 @@ class RowIntegration:
         accepted = moved.sum(0)
         # a row that has not ended tries a step each time; afterwards it does nothing
         tries = torch.where(self.ended, len(moved) - moved.flip(0).int().argmax(0), len(moved))
+        if self.failed_after is not None:
+            tries = torch.where(self.failed_after >= 0, self.failed_after, tries)
         rejected = tries - accepted
         self.stats.accepted, self.stats.rejected = int(accepted.max()), int(rejected.max())
         if not self.rows.shared:
@@ -310,9 +319,13 @@ class RowIntegration:
             return torch.minimum(100 * h0, h1).nan_to_num(1e-6)
 
     def _fail(self, status: Status, stuck: torch.Tensor | None = None) -> None:
+        """Ends the solve of these rows, else of all that have not ended: by a Failure, unless the others may go on."""
         if self.accepted:
             self._count()
         rows = ~self.ended if stuck is None else stuck
+        if self.failed_after is not None:
+            self._give_up(rows)
+            return
         index = int(rows.nonzero()[0])
         sizes = self.t if self.size is None else self.size
         for suspect in (self.y, self.slope()):
@@ -321,6 +334,24 @@ class RowIntegration:
         if stuck is not None and self._broken[index]:
             status = Status.NON_FINITE
         raise Failure(status, float(self.t[index]), self.y, float(sizes[index]), sample=index)
+
+    def go_on_without_failures(self) -> None:
+        """From here on rows that fail stay where they are, and the others go on; see `failed`."""
+        self.failed_after = torch.full_like(self.next, -1)
+        broken = ~_finite_rows(self.y)
+        self.y = self.y.masked_fill(self.rows.spread(broken), 0.0)
+        self._give_up(broken)
+
+    def _give_up(self, rows: torch.Tensor) -> None:
+        assert self.failed_after is not None
+        self.failed_after = torch.where(rows, len(self.accepted), self.failed_after)
+        self.ended, self._judged = self.ended | rows, None
+        self.done = bool(self.ended.all())
+
+    def failed(self, ys: torch.Tensor) -> torch.Tensor:
+        """The rows, [R], that failed on their way or whose states, [T, *shape], are not finite."""
+        broken = ~_finite_rows(ys.transpose(0, 1))
+        return broken if self.failed_after is None else broken | (self.failed_after >= 0)
 
     def hold(self, samples: torch.Tensor, y: torch.Tensor) -> None:
         """Goes on from y, without further steps for these samples, a mask that broadcasts against the state."""
@@ -344,6 +375,10 @@ class RowIntegration:
             place = (where[read] - 1) * self.rows.count + samples[read]
             inner = inner.index_put((place,), torch.cat(pieces)[read])
         return torch.cat([y0[None], inner.view(outputs - 2, *y0.shape), final[None]])
+
+
+def _finite_rows(x: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(x.detach().flatten()).view(len(x), -1).all(1)
 
 
 def check_rows(y: torch.Tensor, ts: torch.Tensor) -> None:

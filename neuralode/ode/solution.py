@@ -43,6 +43,8 @@ class Stats:
     accepted_per_sample: torch.Tensor | None = field(default=None, repr=False)
     """Accepted steps of each sample, [B], where samples have steps of their own; `accepted` is then the largest."""
     rejected_per_sample: torch.Tensor | None = field(default=None, repr=False)
+    failed_per_sample: torch.Tensor | None = field(default=None, repr=False)
+    """Whether each sample failed, [B]; only where `throw=False` let the others go on."""
     step_sizes: list[float] = field(default_factory=list, repr=False)
     """Sizes of the accepted steps, in the units of t, in order."""
     seconds: float = 0.0

@@ -77,7 +77,8 @@ def solve(
             differentiable three times; the time of an event without a gradient (a bool, a sign, a detached state) is
             a constant.
         throw: raise SolveError on failure; otherwise return a Solution whose status says what happened and whose
-            states are NaN.
+            states are NaN. Where samples have steps of their own, only those that failed are NaN; the others are
+            solved to the end by the stepper, and `Stats.failed_per_sample` says which are which.
 
     Returns:
         A Solution: times [T], states [T, *shape], statistics and status.
@@ -115,7 +116,8 @@ def solve_configured(
             return solve_configured(field, y0, t, config, args=args, throw=throw, dense=dense, events=events)
     first = tensors(y0)[0]
     ts = _times(t, first)
-    engine, reason = choose_engine(config, dense, config.per_sample or ts.dim() == 2, ts.shape[-1], events is not None)
+    by_sample = config.per_sample or ts.dim() == 2
+    engine, reason = choose_engine(config, dense, by_sample, ts.shape[-1], events is not None)
     stats = Stats(engine, config.method, config.gradient, reason)
     status = Status.SUCCESS
     at: Callable[[Any], State] | None = None
@@ -134,9 +136,14 @@ def solve_configured(
     except SolveError as error:
         if throw:
             raise
-        status = error.status
-        lost = [part.new_full((ts.shape[-1], *part.shape), float("nan")) for part in tensors(y0)]
-        ys = tuple(lost) if isinstance(y0, tuple) else lost[0]
+        status, diagnosis = error.status, stats.diagnosis
+        if by_sample:
+            stats = Stats("stepper", config.method, config.gradient, "it goes on without the samples that failed")
+            ys, at, found = stepper_engine.run(field, y0, ts, tuple(args), config, stats, dense, events, leave_out=True)
+            stats.diagnosis = diagnosis
+        else:
+            lost = [part.new_full((ts.shape[-1], *part.shape), math.nan) for part in tensors(y0)]
+            ys = tuple(lost) if isinstance(y0, tuple) else lost[0]
     stats.seconds = time.perf_counter() - start
     return Solution(ts, ys, stats, status, at, found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from neuralode.errors import UsageError
 from neuralode.ode.adjoint import solve_with_adjoint
 from neuralode.ode.clock import host_values
+from neuralode.ode.dense import Stop
 from neuralode.ode.diagnosis import diagnosis, diagnosis_of_fixed_steps, jacobian_norm, steepest_sample
 from neuralode.ode.events import Event, EventWatch
 from neuralode.ode.memory import MemoryBudget
@@ -18,7 +20,7 @@ from neuralode.ode.observed_field import Field, tensors
 from neuralode.ode.packing import Packing, has_samples
 from neuralode.ode.parameters import REMEDY, HeldField
 from neuralode.ode.recompute import solve_recomputing
-from neuralode.ode.rows import Loop
+from neuralode.ode.rows import Loop, RowIntegration
 from neuralode.ode.setup import adjoint_settings, begin
 from neuralode.ode.solution import Events, SolveError, State, Stats, Status
 from neuralode.ode.solver_config import SolverConfig
@@ -39,10 +41,14 @@ class Outcome(NamedTuple):
 def run(
     field: Field, y0: State, ts: torch.Tensor, args: tuple[Any, ...], config: SolverConfig, stats: Stats,
     keep_dense: bool = False, events: Event | Sequence[Event] | None = None, strict: bool = True,
+    leave_out: bool = False,
 ) -> Outcome:  # fmt: skip
     """Solves from ts[0] through all of ts, [T] or [B, T], or to the events.
 
     Raises SolveError with a diagnosis where the solve cannot go on or, if `strict`, the result is not finite.
+
+    Args:
+        leave_out: samples that fail are NaN, and the others, which have steps of their own, go on.
     """
     by_sample = ts.dim() == 2 or (config.per_sample and tensors(y0)[0].numel() > 0)
     ts = ts.to(torch.promote_types(ts.dtype, tensors(y0)[0].dtype.to_real()))
@@ -51,22 +57,34 @@ def run(
     counted = CountedField(packing.field(field), args, lambda dy, _: packing.check(dy))
     loop = begin(field, y0, y, ts, config, counted, packing, stats, by_sample, keep_dense, events is not None)
     watch = None if events is None else EventWatch(events, args, loop, packing, keep_dense)
+    if leave_out:
+        assert isinstance(loop, RowIntegration)
+        loop.go_on_without_failures()
     try:
         if watch is None:
             ys = _integrate(loop, field, packing, config, stats)
         else:
             loop.run(pause=watch.look)
             ys = watch.fill(ts)
-        if strict and not all_finite(ys[-1]):
+        if strict and not leave_out and not all_finite(ys[-1]):
             raise Failure(Status.NON_FINITE, host_values(ts)[-1] if ts.dim() == 1 else math.nan, ys[-1].detach(), 0.0)
     except Failure as failure:
         raise _explained(failure, loop, packing, stats) from None
     finally:
         stats.nfe = counted.nfe
+    found, stop = (None, None) if watch is None else (watch.found, watch.stop())
+    if isinstance(loop, RowIntegration) and leave_out:
+        failed = stats.failed_per_sample = loop.failed(ys)
+        if bool(failed.any()):
+            lost = loop.rows.spread(failed)
+            last = loop.y.masked_fill(lost, math.nan)
+            ys = ys.masked_fill(lost, math.nan)
+            found = None if found is None else replace(found, ys=packing.unpack(last))
+            stop = Stop.of_failures(lost, loop.rows.spread(loop.clock.values[:, 0]), last, stop)
     return Outcome(
         packing.unpack(_counting_products(ys.contiguous(), loop, stats)),
-        loop.dense_output(packing, None if watch is None else watch.stop()) if keep_dense else None,
-        None if watch is None else watch.found,
+        loop.dense_output(packing, stop) if keep_dense else None,
+        found,
     )
 
 
