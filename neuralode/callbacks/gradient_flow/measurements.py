@@ -88,8 +88,9 @@ class Edge:
         if math.isfinite(steps_to_edge):
             values["flow/steps_to_edge"] = steps_to_edge
         rule, square = rules[0], float(gradient @ gradient)
-        # momentum adds up a gradient that hardly changes
-        rate = rule.lr * square * (1 - rule.dampening) / (1 - rule.momentum) if rule.kind == "sgd" else math.nan
+        # momentum adds up a gradient that hardly changes; with β = 1 for ever
+        known = rule.kind == "sgd" and rule.momentum < 1
+        rate = rule.lr * square * (1 - rule.dampening) / (1 - rule.momentum) if known else math.nan
         words = in_words(
             step, found.sharpness, found.threshold, formula(rules), steps_to_edge, rate, fall, name_of(rules)
         )

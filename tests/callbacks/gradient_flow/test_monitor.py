@@ -139,6 +139,14 @@ def test_a_gradient_that_is_dampened_away_is_watched_and_drawn(tmp_path: Path) -
     assert (tmp_path / "edge.png").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_momentum_that_forgets_nothing_is_watched(tmp_path: Path) -> None:
+    module = Plain(optimizer=lambda p: torch.optim.SGD(p, 0.001, momentum=1.0))
+    fit(module, shuffled(), GradientFlowMonitor(str(tmp_path), **SMALL))
+    steps = [step for step, _, tag, _ in rows(tmp_path) if tag == "flow/sharpness"]
+    assert len(steps) > 1
+
+
 # --- what fails ------------------------------------------------------------------------------------------------------
 
 
