@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from neuralode.errors import UsageError
 from neuralode.ode.explicit import Evaluate, Method, Step
 from neuralode.ode.interpolants import Polynomial
 
@@ -73,11 +74,12 @@ class Clock:
         return Accepted(t, h, plan, range(output, last), lands)
 
     def steps_of(self, grid: Sequence[float]) -> list[Accepted]:
-        """The steps of a grid that leads from the first output time to the last."""
+        """The steps of a grid from the first output time on, until all of them are passed."""
         steps, output = list[Accepted](), 1
         for start, end in itertools.pairwise(grid):
-            steps.append(self.step(start, end - start, None, output))
-            output = steps[-1].outputs.stop
+            if output < len(self.values):
+                steps.append(self.step(start, end - start, None, output))
+                output = steps[-1].outputs.stop
         return steps
 
     def place(self, step: Accepted) -> tuple[Any, Any]:
@@ -153,6 +155,15 @@ class Rows:
         """Root mean square of each row, [R]."""
         flat = x.reshape(self.count, -1)
         return torch.linalg.vector_norm(flat, dim=1).double() / max(flat.shape[1], 1) ** 0.5
+
+
+def check_rows(y: torch.Tensor, ts: torch.Tensor) -> None:
+    """Raises UsageError if a state has no samples to give steps of their own."""
+    if y.dim() == 0 or (ts.dim() == 2 and len(ts) != len(y)):
+        raise UsageError(
+            f"the state has shape {tuple(y.shape)} and t has shape {tuple(ts.shape)}; with steps or times of its own "
+            "for each sample, dimension 0 of both are the samples: [B, ...] and [T] or [B, T]."
+        )
 
 
 class RowStep(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import math
 import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -39,11 +40,12 @@ class Stop(NamedTuple):
     """The state at its last time."""
 
     @classmethod
-    def of_failures(cls, failed: torch.Tensor, start: torch.Tensor, y: torch.Tensor, others: Stop | None) -> Stop:
-        """Samples that failed are y from the start on; `others` were stopped by events."""
+    def of_failures(cls, failed: torch.Tensor, direction: torch.Tensor, y: torch.Tensor, others: Stop | None) -> Stop:
+        """Samples that failed are y at all times; `others` were stopped by events."""
+        before = -math.inf * direction
         if others is None:
-            return cls(failed, start, y)
-        times = torch.where(failed, start, others.times)
+            return cls(failed, before, y)
+        times = torch.where(failed, before, others.times)
         return cls(others.happened | failed, times, torch.where(failed, y, others.y))
 
     def after(self, t: Any, state: torch.Tensor, direction: Any) -> torch.Tensor:
@@ -143,7 +145,7 @@ class RowDenseOutput:
         if state is not None and self.stop is not None:
             span = self.end - self.steps[0].t
             within = (times - self.end) * span <= 1e-6 * span.square()
-            late = self.stop.happened.flatten() & ((times - self.steps[0].t) * span > 0) & within
+            late = self.stop.happened.flatten() & ((times - self.steps[0].t) * span >= 0) & within
             state, found = self.stop.after(self.rows.spread(times), state, self.rows.spread(span)), found | late
         if state is None or not bool(found.all()):
             row = int((~found).nonzero()[0])

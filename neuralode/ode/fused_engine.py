@@ -22,12 +22,11 @@ from neuralode.kernels.lower import Lowered, NotLowered, lower, recalled
 from neuralode.kernels.program import Program
 from neuralode.kernels.recall import circumstances, forget, look, modes
 from neuralode.kernels.task import MISMATCH, SUCCESS, Job, LimitsData, MethodData, Task
-from neuralode.ode.clock import Clock, host_values
+from neuralode.ode.clock import Clock, check_rows, host_values
 from neuralode.ode.explicit import RungeKutta
 from neuralode.ode.methods import METHODS
 from neuralode.ode.observed_field import Field, tensors
 from neuralode.ode.packing import Packing
-from neuralode.ode.rows import check_rows
 from neuralode.ode.setup import OPTIONS, fixed_grid, settings_of
 from neuralode.ode.solution import State, Stats
 from neuralode.ode.solver_config import SolverConfig

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from neuralode.errors import UsageError
 from neuralode.kernels.stages import Judged, RowJudge, RowSteps
 from neuralode.ode import combine
 from neuralode.ode.clock import RowClock, RowStep
@@ -68,7 +67,7 @@ class RowIntegration:
         self._finest = float(self._resolution.max()) if chunk == 1 else 0.0
         self._grew = torch.ones((), dtype=self.t.dtype, device=y.device)
         self._judges = chunk == 1 and not rows.shared and settings.method.adaptive
-        self._judge_of: RowJudge | None = None
+        self._judge_in_kernels: RowJudge | None = None
         self._judged: Judged | None = None
         """What became of the last step, where the kernels judged it and nothing was changed since."""
         self.failed_after: torch.Tensor | None = None
@@ -161,10 +160,10 @@ class RowIntegration:
                 return RowStep(tried.t, judged.moved, judged.landed), judged.accepted, not judged.breaks
         accepted, sound = ~self.ended, True
         if method.adaptive:
-            within, sound = self._control(step, tried.h.abs())
+            within, sound = self._control(step, tried)
             accepted = accepted & within
-        elif self.failed_after is not None:  # of fixed steps a row takes none that overflows, itself or its slope
-            finite = _finite_rows(step.y1 + step.end_slope(self.field))
+        elif self.failed_after is not None:
+            finite = self._can_go_on(step, tried)
             accepted, sound = accepted & finite, bool(finite.all())
             self._give_up(~self.ended & ~finite)
         taken = RowStep(tried.t, tried.h * accepted, tried.lands & accepted)
@@ -179,12 +178,18 @@ class RowIntegration:
                 self.ended, self.next, self.clock.values,
             )  # fmt: skip
             settings = self.settings
-            self._judge_of = combine.judge_of(settings.tolerance, settings.controller, method.error_order, steps)
-        if self._judge_of is None:
+            self._judge_in_kernels = combine.judge_of(
+                settings.tolerance, settings.controller, method.error_order, steps
+            )
+        if self._judge_in_kernels is None:
             return None
-        return combine.judge_rows(self._judge_of, step.stages, method.error_row, step.y0, step.y1)
+        return combine.judge_rows(self._judge_in_kernels, step.stages, method.error_row, step.y0, step.y1)
 
-    def _control(self, step: Step, size: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    def _can_go_on(self, step: Step, tried: RowStep) -> torch.Tensor:
+        """Rows whose step ends in a finite state with a finite slope, which the last step does not need."""
+        return _finite_rows(step.y1) & (_finite_rows(step.end_slope(self.field)) | tried.lands)
+
+    def _control(self, step: Step, tried: RowStep) -> tuple[torch.Tensor, bool]:
         """Sets the sizes that come next.
 
         Returns:
@@ -195,6 +200,8 @@ class RowIntegration:
         with torch.no_grad():
             scale = torch.maximum(step.y0.abs(), step.y1.abs()) * settings.tolerance.rtol + settings.tolerance.atol
             ratio = self.rows.rms(settings.method.error(step, self.field) / scale)
+            if self.failed_after is not None:
+                ratio = ratio.masked_fill(~self._can_go_on(step, tried), math.inf)
             accepted = ratio <= 1
             if looks and math.isfinite(float(ratio.sum())):
                 self._broken, bounded, sound = self._nowhere, ratio.clamp(1e-10, 1e10), True
@@ -210,7 +217,7 @@ class RowIntegration:
                 factor = torch.maximum(factor, accepted.to(factor.dtype))  # an accepted step does not shrink the next
             self._ceiling = torch.where(accepted, self._growth, self._no_growth)
             factor = torch.minimum(factor, self._ceiling)
-            self.size = size * factor
+            self.size = tried.h.abs() * factor
             if self.chunk > 1:
                 self._grew = factor.max()
             return accepted, sound or not looks
@@ -336,11 +343,17 @@ class RowIntegration:
         raise Failure(status, float(self.t[index]), self.y, float(sizes[index]), sample=index)
 
     def go_on_without_failures(self) -> None:
-        """From here on rows that fail stay where they are, and the others go on; see `failed`."""
-        self.failed_after = torch.full_like(self.next, -1)
-        broken = ~_finite_rows(self.y)
-        self.y = self.y.masked_fill(self.rows.spread(broken), 0.0)
-        self._give_up(broken)
+        """From here on rows that fail stay where they are, and the others go on; see `failed`.
+
+        Rows that cannot begin stand in the place of the first that can, so that nothing of theirs is in the graph.
+        """
+        self.failed_after, self._judges = torch.full_like(self.next, -1), False
+        with torch.no_grad():
+            begins = _finite_rows(self.y) & _finite_rows(self.field(self.moment(), self.y))
+        if not bool(begins.all()):
+            stand_in = self.y[begins.int().argmax()].detach()
+            self.y = torch.where(self.rows.spread(begins), self.y, stand_in)
+            self._give_up(~begins)
 
     def _give_up(self, rows: torch.Tensor) -> None:
         assert self.failed_after is not None
@@ -379,15 +392,6 @@ class RowIntegration:
 
 def _finite_rows(x: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(x.detach().flatten()).view(len(x), -1).all(1)
-
-
-def check_rows(y: torch.Tensor, ts: torch.Tensor) -> None:
-    """Raises UsageError if a state has no samples to give steps of their own."""
-    if y.dim() == 0 or (ts.dim() == 2 and len(ts) != len(y)):
-        raise UsageError(
-            f"the state has shape {tuple(y.shape)} and t has shape {tuple(ts.shape)}; with steps or times of its own "
-            "for each sample, dimension 0 of both are the samples: [B, ...] and [T] or [B, T]."
-        )
 
 
 Loop = Integration | RowIntegration

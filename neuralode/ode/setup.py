@@ -12,11 +12,11 @@ import torch
 
 from neuralode.errors import UsageError
 from neuralode.ode.adjoint import AdjointSettings
-from neuralode.ode.clock import Clock, RowClock, Rows, host_values
+from neuralode.ode.clock import Clock, RowClock, Rows, check_rows, host_values
 from neuralode.ode.methods import METHODS, OPTIONS_OF_ADAPTIVE_STEPS, OPTIONS_OF_FIXED_STEPS
 from neuralode.ode.observed_field import Field
 from neuralode.ode.packing import Packing
-from neuralode.ode.rows import Loop, RowIntegration, check_rows
+from neuralode.ode.rows import Loop, RowIntegration
 from neuralode.ode.solution import State, Stats
 from neuralode.ode.solver_config import SolverConfig
 from neuralode.ode.stepper import CountedField, Integration, Settings

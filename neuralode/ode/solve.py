@@ -77,8 +77,9 @@ def solve(
             differentiable three times; the time of an event without a gradient (a bool, a sign, a detached state) is
             a constant.
         throw: raise SolveError on failure; otherwise return a Solution whose status says what happened and whose
-            states are NaN. Where samples have steps of their own, only those that failed are NaN; the others are
-            solved to the end by the stepper, and `Stats.failed_per_sample` says which are which.
+            states are NaN. Where samples have steps of their own, only those that failed are NaN, as
+            `Stats.failed_per_sample` says: the stepper solves once more, and takes the others to the end. Their
+            gradients hold as well, unless something else that is damaged reaches the field (a NaN in `args`).
 
     Returns:
         A Solution: times [T], states [T, *shape], statistics and status.
@@ -136,11 +137,14 @@ def solve_configured(
     except SolveError as error:
         if throw:
             raise
-        status, diagnosis = error.status, stats.diagnosis
-        if by_sample:
+        status, failed = error.status, stats
+        if by_sample and first.numel():
             stats = Stats("stepper", config.method, config.gradient, "it goes on without the samples that failed")
             ys, at, found = stepper_engine.run(field, y0, ts, tuple(args), config, stats, dense, events, leave_out=True)
-            stats.diagnosis = diagnosis
+            stats.nfe, stats.diagnosis = stats.nfe + failed.nfe, failed.diagnosis
+            failures = stats.failed_per_sample
+            if failures is not None and not bool(failures.any()):  # so it may be with a field that draws
+                status, stats.diagnosis = Status.SUCCESS, ""
         else:
             lost = [part.new_full((ts.shape[-1], *part.shape), math.nan) for part in tensors(y0)]
             ys = tuple(lost) if isinstance(y0, tuple) else lost[0]

@@ -171,7 +171,7 @@ class Integration:
         y = self.y
         f0: torch.Tensor | None = self.slope()
         self.accepted = self.clock.steps_of(grid)
-        for record, moments in zip(self.accepted, method.moments(grid, y), strict=True):
+        for record, moments in zip(self.accepted, method.moments(grid, y), strict=False):
             t, h, _, outputs, _ = record
             step = method.step(field, t, h, y, field(moments[0], y) if f0 is None else f0, moments[1:])
             if outputs:
@@ -179,7 +179,7 @@ class Integration:
             y, f0 = step.y1, step.f1
         self.t, self.y, self.f0, self.next = grid[-1], y, f0, len(self.clock.values)
         self.in_graph += field.graphs - graphs
-        self.stats.accepted, self.stats.step_sizes = len(grid) - 1, [abs(record.h) for record in self.accepted]
+        self.stats.accepted, self.stats.step_sizes = len(self.accepted), [abs(record.h) for record in self.accepted]
 
     def detach(self) -> None:
         """Goes on from the present state without its history."""
@@ -325,10 +325,12 @@ def error_ratio(settings: Settings, step: Step, field: CountedField) -> float:
 def step_estimates(
     method: Method, step: Step, field: Callable[..., torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """|h|·‖error‖ and |h|·‖J‖ of one step (ERNODE and SRNODE, Pal et al. 2021, "Opening the blackbox")."""
+    """|h|·‖error‖ and |h|·‖J‖ of one step, or of each row's.
+
+    ERNODE and SRNODE (Pal et al. 2021, "Opening the blackbox").
+    """
     size = abs(step.h)
     if isinstance(size, torch.Tensor) and size.dim():
         size = size.flatten()
     stiffness = method.stiffness(step)
-    error = (row_norm(method.error(step, field), step.h) * size).sum()
-    return error, None if stiffness is None else stiffness.sum()
+    return row_norm(method.error(step, field), step.h) * size, stiffness

@@ -56,10 +56,10 @@ def run(
     y = packing.pack(y0)
     counted = CountedField(packing.field(field), args, lambda dy, _: packing.check(dy))
     loop = begin(field, y0, y, ts, config, counted, packing, stats, by_sample, keep_dense, events is not None)
-    watch = None if events is None else EventWatch(events, args, loop, packing, keep_dense)
     if leave_out:
         assert isinstance(loop, RowIntegration)
         loop.go_on_without_failures()
+    watch = None if events is None else EventWatch(events, args, loop, packing, keep_dense)
     try:
         if watch is None:
             ys = _integrate(loop, field, packing, config, stats)
@@ -80,10 +80,10 @@ def run(
             last = loop.y.masked_fill(lost, math.nan)
             ys = ys.masked_fill(lost, math.nan)
             found = None if found is None else replace(found, ys=packing.unpack(last))
-            stop = Stop.of_failures(lost, loop.rows.spread(loop.clock.values[:, 0]), last, stop)
+            stop = Stop.of_failures(lost, loop.rows.spread(loop.direction), last, stop)
     return Outcome(
         packing.unpack(_counting_products(ys.contiguous(), loop, stats)),
-        loop.dense_output(packing, stop) if keep_dense else None,
+        loop.dense_output(packing, stop) if loop.extras.dense else None,
         found,
     )
 
@@ -124,8 +124,15 @@ def _integrate(integration: Loop, field: Field, packing: Packing, config: Solver
         *more, final = more
         outputs += more
     if config.estimates:
-        stats.error_estimate, stats.stiffness_estimate = error, stiffness
+        stats.error_estimate, stats.stiffness_estimate = (_total(x, integration) for x in (error, stiffness))
     return integration.assemble(outputs, final)
+
+
+def _total(estimate: torch.Tensor | None, integration: Loop) -> torch.Tensor | None:
+    """Of the estimates of all rows, those of failed ones left out."""
+    if estimate is not None and isinstance(integration, RowIntegration) and integration.failed_after is not None:
+        estimate = estimate.masked_fill(integration.failed_after >= 0, 0.0)
+    return None if estimate is None else estimate.sum()
 
 
 def _inputs(integration: Loop, held: HeldField) -> list[torch.Tensor]:

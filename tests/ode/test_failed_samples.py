@@ -78,7 +78,89 @@ def test_a_damaged_sample_leaves_the_others_and_their_gradients_whole(method: st
     torch.testing.assert_close(gradient, torch.tensor(-math.exp(-1)), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("checkpoint", ["auto", "always", 3])
+@pytest.mark.parametrize("method", ["dop853", "dopri5"])
+def test_a_tank_that_runs_dry_on_the_way(method: str, checkpoint: str | int) -> None:
+    """sqrt(y0) - t / 2 squared: the second is empty at t = 1/2, where its slope ends."""
+    y0 = torch.tensor([[4.0], [0.0625], [9.0]], dtype=torch.float64, requires_grad=True)
+    rate = torch.ones((), dtype=torch.float64, requires_grad=True)
+    solution = solve(lambda t, y: -rate * y.sqrt(), y0, [0.0, 1.0], method=method, checkpoint=checkpoint, rtol=1e-8,
+                     atol=1e-10, per_sample=True, throw=False)  # fmt: skip
+    kept = solution.final[[0, 2]]
+    torch.testing.assert_close(kept.flatten().tolist(), [2.25, 6.25])
+    found = torch.autograd.grad(kept.sum(), (y0, rate))
+    torch.testing.assert_close(found[0].flatten().tolist(), [0.75, 0.0, 2.5 / 3], rtol=1e-6, atol=0)
+    assert float(found[1]) == pytest.approx(-4, rel=1e-6)
+
+
+@pytest.mark.parametrize("start", [math.nan, 1e30])
+@pytest.mark.parametrize("how", [{}, {"checkpoint": "always"}, {"method": "rk4", "step_size": 0.05}], ids=str)
+def test_a_sample_that_cannot_begin_where_zero_is_no_place_either(how: dict[str, Any], start: float) -> None:
+    """The field is infinite at zero, and overflows at 1e30."""
+    y0 = torch.tensor([[1.0, 2.0], [start, 1.0], [2.0, 2.0]])
+    rate = torch.ones((), requires_grad=True)
+
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return -rate * y / y.square().sum(1, keepdim=True) + 1e-9 * y * y * y
+
+    def event(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y[:, 0] / y.norm(dim=1) - 0.9
+
+    solution = solve(field, y0, [0.0, 1.0], per_sample=True, throw=False, **how)
+    assert solution.stats.failed_per_sample is not None
+    assert solution.stats.failed_per_sample.tolist() == [False, True, False]
+    alone = solve(field, y0[[0, 2]], [0.0, 1.0], per_sample=True, **how)
+    torch.testing.assert_close(solution.final[[0, 2]], alone.final)
+    (found,), (wanted,) = (torch.autograd.grad(x.sum(), rate) for x in (solution.final[[0, 2]], alone.final))
+    torch.testing.assert_close(found, wanted)
+    if "checkpoint" not in how:
+        events = solve(field, y0, [0.0, 1.0], per_sample=True, throw=False, events=event, **how).events
+        assert events is not None
+        assert not events.happened.any()
+
+
+def test_fixed_steps_need_no_slope_at_the_end() -> None:
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y * y + 1 / (1 - t).sqrt()
+
+    def final(*values: float) -> torch.Tensor:
+        y0 = torch.tensor(values)[:, None]
+        return solve(field, y0, [0.0, 1.0], method="euler", step_size=0.125, per_sample=True, throw=False).final
+
+    torch.testing.assert_close(final(0.1, 1e30, 0.2)[[0, 2]], final(0.1, 0.2))
+
+
+@pytest.mark.parametrize("checkpoint", ["auto", "always"])
+def test_estimates_are_those_of_the_others(checkpoint: str) -> None:
+    found = []
+    for y0 in (starts(0.1, 5.0, 0.2), starts(0.1, 0.2)):
+        stats = solve(explosion, y0, [0.0, 1.0], per_sample=True, throw=False, estimates=True, checkpoint=checkpoint,
+                      max_steps=200).stats  # fmt: skip
+        assert stats.error_estimate is not None
+        found.append([stats.error_estimate, *torch.autograd.grad(stats.error_estimate, GROWTH)])
+        assert stats.stiffness_estimate is not None
+        found[-1].append(stats.stiffness_estimate.detach())
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_solve_that_succeeds_when_done_again_has_succeeded() -> None:
+    calls = 0
+
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return y * (math.nan if calls == 3 else 1)
+
+    solution = solve(field, torch.ones(2, 1), [0.0, 1.0], method="euler", step_size=0.25, per_sample=True, throw=False)
+    assert solution.status is Status.SUCCESS
+    assert solution.final.flatten().tolist() == [1.25**4] * 2
+    assert solution.stats.nfe == calls
+
+
 def test_where_all_fail_all_are_nan() -> None:
+    damaged = solve(explosion, starts(math.nan, math.nan), [0.0, 1.0], per_sample=True, throw=False, dense=True)
+    assert damaged.ys.isnan().all()
+    assert damaged.dense is None
     solution = solve(explosion, starts(5.0, 6.0), [0.0, 1.0], per_sample=True, throw=False)
     assert solution.ys.isnan().all()
     solution = solve(explosion, starts(0.1, 0.2), [0.0, 1.0], per_sample=True, throw=False, max_steps=1)
@@ -111,6 +193,7 @@ def test_dense_output_and_events_of_the_others() -> None:
     assert solution.dense(0.25)[:, 0].detach().nan_to_num(-1).tolist() == pytest.approx(
         [1 / 2.25, -1, 1 / 9.75], rel=1e-6
     )
+    assert solution.dense(0.0)[:, 0].detach().nan_to_num(-1).tolist() == pytest.approx([0.4, -1, 0.1])
     assert solution.dense(0.9)[:, 0].detach().nan_to_num(-1).tolist() == pytest.approx([0.5, -1, 1 / 9.1], rel=1e-6)
 
 

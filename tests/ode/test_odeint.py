@@ -93,7 +93,14 @@ def test_adaptive_options_are_taken(options: dict[str, Any]) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"perturb": True}, {"grid_constructor": lambda f, y, t: torch.linspace(0, 1, 31)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"perturb": True},
+        {"grid_constructor": lambda f, y, t: torch.linspace(0, 1, 31)},
+        {"grid_constructor": lambda f, y, t: torch.tensor([0, 0.3, 0.9, 1, 1])},
+    ],
+)
 def test_fixed_step_options_are_taken(options: dict[str, Any]) -> None:
     if "perturb" in options:
         options = {**options, "step_size": 0.1}
