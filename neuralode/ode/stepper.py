@@ -227,8 +227,7 @@ class Integration:
         graphs = self.field.graphs
         step = settings.method.step(self.field, *self.clock.place(record), y, f0, plan)
         if self.size is not None:
-            with torch.no_grad():
-                ratio = error_ratio(settings, step, self.field)
+            ratio = error_ratio(settings, step, self.field)
             self.size.size = abs(h)
             if not self.size.accepts(ratio):
                 stats.rejected = (stats.rejected or 0) + 1
@@ -265,11 +264,11 @@ class Integration:
             y, f0 = y.detach(), f0.detach()
 
             def slope_after(h: float) -> torch.Tensor:
-                end = torch.add(y, f0, alpha=h * direction)
-                with torch.set_grad_enabled(graph):
-                    return self.field(
-                        moment(self.t + h * direction, y), end.requires_grad_() if graph else end
-                    ).detach()
+                end, time = torch.add(y, f0, alpha=h * direction), moment(self.t + h * direction, y)
+                if not graph:
+                    return self.field(time, end).detach()
+                with torch.enable_grad():
+                    return self.field(time, end.requires_grad_()).detach()
 
             return self.settings.tolerance.first_step(y, f0, self.settings.method.order, slope_after)
 
@@ -314,12 +313,13 @@ def _graphs(slope: torch.Tensor | None) -> int:
 def error_ratio(settings: Settings, step: Step, field: CountedField) -> float:
     """The step's error over the tolerance; it stands if that is at most 1."""
     method, tolerance = settings.method, settings.tolerance
-    if field.held is not None:
-        moving = ~field.held.flatten()
-        return tolerance.ratio(*(x[moving] for x in (method.error(step, field), step.y0, step.y1)))
-    if isinstance(method, RungeKutta) and method.error_row:
-        return combine.error_ratio(step.stages, method.error_row, step.h, step.y0, step.y1, tolerance)
-    return tolerance.ratio(method.error(step, field), step.y0, step.y1)
+    with torch.no_grad():
+        if field.held is not None:
+            moving = ~field.held.flatten()
+            return tolerance.ratio(*(x[moving] for x in (method.error(step, field), step.y0, step.y1)))
+        if isinstance(method, RungeKutta) and method.error_row:
+            return combine.error_ratio(step.stages, method.error_row, step.h, step.y0, step.y1, tolerance)
+        return tolerance.ratio(method.error(step, field), step.y0, step.y1)
 
 
 def step_estimates(
