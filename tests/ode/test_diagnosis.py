@@ -158,7 +158,8 @@ def test_without_throw_the_statistics_have_the_diagnosis(kwargs: dict[str, Any])
     solution = solve(field, y0, [0.0, 9.0], max_steps=3, throw=False, **kwargs)
     assert solution.status is Status.MAX_STEPS
     assert solution.stats.diagnosis == str(error)
-    assert solution.stats.nfe == error.stats.nfe > 0
+    again = "per_sample" in kwargs  # once more, for samples that do not fail
+    assert solution.stats.nfe > error.stats.nfe > 0 if again else solution.stats.nfe == error.stats.nfe > 0
     assert solution.ys.isnan().all()
     assert solve(field, y0, [0.0, 0.1], **kwargs).stats.diagnosis == ""
 
