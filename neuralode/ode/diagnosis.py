@@ -64,7 +64,7 @@ def bad_samples(state: State | None) -> set[int]:
     """Indices along dimension 0 at which a part of the state is not finite."""
     bad: set[int] = set()
     parts = state if isinstance(state, tuple) else () if state is None else (state,)
-    for part in parts:
+    for part in filter(torch.numel, parts):
         finite = torch.isfinite(part.reshape(len(part) if part.dim() else 1, -1)).all(1)
         bad |= set((~finite).nonzero().flatten().tolist())
     return bad
@@ -91,8 +91,10 @@ def jacobian_norm(field: Callable[[torch.Tensor], torch.Tensor], y: torch.Tensor
     Args:
         field: dy/dt as a function of y alone.
     """
+    if not y.numel():
+        return math.nan
     base = field(y)
-    direction = torch.linspace(1, 2, max(y.numel(), 1), dtype=y.dtype, device=y.device).view_as(y)
+    direction = torch.linspace(1, 2, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
     norm = math.nan
     eps = torch.finfo(y.dtype).eps ** 0.5 * (1 + float(torch.linalg.vector_norm(y)))
     for _ in range(iterations):

@@ -55,7 +55,7 @@ class RowIntegration:
         self._stretch = 1 + open_.clamp(1e-9, 0.1)
         """How much longer than it should be a step may be, to end at the last time."""
         stats.accepted = stats.rejected = 0
-        self.done = False
+        self.done = not rows.count
         self._now = 1
         self._interior = times.shape[1] > 2
         self._unread: list[tuple[int, Step, torch.Tensor, torch.Tensor]] = []
@@ -64,7 +64,7 @@ class RowIntegration:
         self._nowhere = self._broken = torch.zeros_like(self.ended)
         """Rows whose last step met something that is not finite."""
         self._resolution = torch.finfo(rows.real).eps * torch.maximum(times.abs().amax(1), (self.end - self.t).abs())
-        self._finest = float(self._resolution.max()) if chunk == 1 else 0.0
+        self._finest = float(self._resolution.max()) if chunk == 1 and rows.count else 0.0
         self._grew = torch.ones((), dtype=self.t.dtype, device=y.device)
         self._judges = chunk == 1 and not rows.shared and settings.method.adaptive
         self._judge_in_kernels: RowJudge | None = None
@@ -103,7 +103,7 @@ class RowIntegration:
     @property
     def planned_steps(self) -> float:
         """Steps of the row with the most, where their size is given; infinite where the errors decide."""
-        if self.settings.method.adaptive or self.size is None:
+        if self.settings.method.adaptive or self.size is None or not self.rows.count:
             return math.inf
         spans = (self.end - self.clock.values[:, 0]).abs() / self.size
         return int((spans - (self._stretch - 1)).ceil().clamp(min=1).amax())

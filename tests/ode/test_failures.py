@@ -158,3 +158,21 @@ def test_a_sample_whose_field_ends_on_its_way_is_named() -> None:
         solve(field, y0, [0.0, 3.0], per_sample=True)
     assert caught.value.status is Status.NON_FINITE
     assert caught.value.stats.nfe < 2000
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (3, 0)], ids=str)
+@pytest.mark.parametrize("how", [{}, {"engine": "stepper"}, {"per_sample": True}, {"gradient": "adjoint"}], ids=str)
+def test_an_empty_state_fails_and_succeeds_as_others_do(how: dict[str, Any], shape: tuple[int, ...]) -> None:
+    y0 = torch.zeros(shape, requires_grad=True)
+    solution = solve(decay, y0, [0.0, 1.0], throw=False, max_steps=1, **how)
+    assert solution.status is Status.MAX_STEPS
+    assert solve(decay, y0, [0.0, 1.0], **how).ys.shape == (2, *shape)
+
+
+@pytest.mark.parametrize("outputs", [2, 4])
+@pytest.mark.parametrize("how", [{}, {"checkpoint": "always"}, {"method": "rk4", "step_size": 0.1}], ids=str)
+def test_an_empty_batch_with_times_of_each_sample(how: dict[str, Any], outputs: int) -> None:
+    y0 = torch.zeros(0, 2, requires_grad=True)
+    ys = solve(decay, y0, torch.zeros(0, outputs), **how).ys
+    assert ys.shape == (outputs, 0, 2)
+    ys.sum().backward()
