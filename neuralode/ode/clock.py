@@ -77,9 +77,10 @@ class Clock:
         """The steps of a grid from the first output time on, until all of them are passed."""
         steps, output = list[Accepted](), 1
         for start, end in itertools.pairwise(grid):
-            if output < len(self.values):
-                steps.append(self.step(start, end - start, None, output))
-                output = steps[-1].outputs.stop
+            if output == len(self.values):
+                break
+            steps.append(self.step(start, end - start, None, output))
+            output = steps[-1].outputs.stop
         return steps
 
     def place(self, step: Accepted) -> tuple[Any, Any]:

@@ -28,9 +28,7 @@ def end(y: torch.Tensor, slopes: Sequence[torch.Tensor], row: Row, h: Any) -> to
     if isinstance(h, torch.Tensor):
         slope, scale = _slope(slopes, row)
         return torch.addcmul(y, slope, h if h.dtype == y.dtype else h.to(y.dtype), value=scale)
-    if len(row) == 1:
-        return _single(y, slopes, row, h)
-    if y.numel() >= _LARGE:
+    if len(row) > 1 and y.numel() >= _LARGE:
         return _one(y, slopes, row, h)
     slope, scale = _slope(slopes, row)
     return torch.add(y, slope, alpha=scale * h)
@@ -40,18 +38,11 @@ def stage(y: torch.Tensor, slopes: Sequence[torch.Tensor], row: Row, h: Any) -> 
     """y + h Σⱼ aⱼkⱼ."""
     if isinstance(h, torch.Tensor):
         return end(y, slopes, row, h)
-    if len(row) == 1:
-        return _single(y, slopes, row, h)
-    if y.numel() >= _LARGE:
+    if len(row) > 1 and y.numel() >= _LARGE:
         return _one(y, slopes, row, h)
     for i, weight in row:  # fewest operations, which is what a small field's solve spends its time on
         y = torch.add(y, slopes[i], alpha=weight * h)
     return y
-
-
-def _single(y: torch.Tensor, slopes: Sequence[torch.Tensor], row: Row, h: float) -> torch.Tensor:
-    ((i, weight),) = row
-    return torch.add(y, slopes[i], alpha=weight * h)
 
 
 def error(slopes: Sequence[torch.Tensor], row: Row, h: Any) -> torch.Tensor:
@@ -74,7 +65,7 @@ def judge_of(tolerance: Tolerance, control: Controller, order: int, steps: kerne
     Args:
         order: the error estimate is O(h^order).
     """
-    if not (isinstance(tolerance.rtol, float) and isinstance(tolerance.atol, float)):
+    if not tolerance.uniform:
         return None
     return kernels.RowJudge((tolerance.rtol, tolerance.atol), tuple(vars(control).values()), order, steps)
 

@@ -9,6 +9,7 @@ import torch
 
 from neuralode.ode.packing import has_samples
 from neuralode.ode.solution import State, Stats, Status
+from neuralode.ode.tolerance import finite_rows
 
 REMEDIES = {
     Status.MAX_STEPS: "raise max_steps, loosen the tolerances, or make the field smoother",
@@ -64,9 +65,8 @@ def bad_samples(state: State | None) -> set[int]:
     """Indices along dimension 0 at which a part of the state is not finite."""
     bad: set[int] = set()
     parts = state if isinstance(state, tuple) else () if state is None else (state,)
-    for part in filter(torch.numel, parts):
-        finite = torch.isfinite(part.reshape(len(part) if part.dim() else 1, -1)).all(1)
-        bad |= set((~finite).nonzero().flatten().tolist())
+    for part in parts:
+        bad |= set((~finite_rows(part if part.dim() else part[None])).nonzero().flatten().tolist())
     return bad
 
 

@@ -99,7 +99,7 @@ def moments(t: Any, h: Any, c: tuple[float, ...], like: torch.Tensor) -> tuple[t
             return ()
         fractions = torch.tensor(c, dtype=t.dtype, device=t.device).view(-1, *[1] * t.dim())
         return (t + fractions * h).to(like.dtype.to_real()).unbind()
-    if len(c) < 3 or like.is_cpu:
+    if len(c) < 3 or like.is_cpu:  # on the CPU so few cost less one by one
         return tuple([moment(t + ci * h, like) for ci in c])
     times = [t + ci * h for ci in c]
     return torch.tensor(times, dtype=like.dtype.to_real(), device=like.device).unbind()

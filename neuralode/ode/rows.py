@@ -20,6 +20,7 @@ from neuralode.ode.explicit import RungeKutta, Step
 from neuralode.ode.packing import Packing
 from neuralode.ode.solution import Stats, Status
 from neuralode.ode.stepper import CountedField, Extras, Failure, Integration, Settings
+from neuralode.ode.tolerance import finite_rows
 
 
 class RowIntegration:
@@ -187,7 +188,7 @@ class RowIntegration:
 
     def _can_go_on(self, step: Step, tried: RowStep) -> torch.Tensor:
         """Rows whose step ends in a finite state with a finite slope, which the last step does not need."""
-        return _finite_rows(step.y1) & (_finite_rows(step.end_slope(self.field)) | tried.lands)
+        return finite_rows(step.y1) & (finite_rows(step.end_slope(self.field)) | tried.lands)
 
     def _control(self, step: Step, tried: RowStep) -> tuple[torch.Tensor, bool]:
         """Sets the sizes that come next.
@@ -349,7 +350,7 @@ class RowIntegration:
         """
         self.failed_after, self._judges = torch.full_like(self.next, -1), False
         with torch.no_grad():
-            begins = _finite_rows(self.y) & _finite_rows(self.field(self.moment(), self.y))
+            begins = finite_rows(self.y) & finite_rows(self.field(self.moment(), self.y))
         if not bool(begins.all()):
             stand_in = self.y[begins.int().argmax()].detach()
             self.y = torch.where(self.rows.spread(begins), self.y, stand_in)
@@ -363,8 +364,8 @@ class RowIntegration:
 
     def failed(self, ys: torch.Tensor) -> torch.Tensor:
         """The rows, [R], that failed on their way or whose states, [T, *shape], are not finite."""
-        broken = ~_finite_rows(ys.transpose(0, 1))
-        return broken if self.failed_after is None else broken | (self.failed_after >= 0)
+        assert self.failed_after is not None
+        return ~finite_rows(ys.transpose(0, 1)) | (self.failed_after >= 0)
 
     def hold(self, samples: torch.Tensor, y: torch.Tensor) -> None:
         """Goes on from y, without further steps for these samples, a mask that broadcasts against the state."""
@@ -388,10 +389,6 @@ class RowIntegration:
             place = (where[read] - 1) * self.rows.count + samples[read]
             inner = inner.index_put((place,), torch.cat(pieces)[read])
         return torch.cat([y0[None], inner.view(outputs - 2, *y0.shape), final[None]])
-
-
-def _finite_rows(x: torch.Tensor) -> torch.Tensor:
-    return torch.isfinite(x.detach().flatten()).view(len(x), -1).all(1)
 
 
 Loop = Integration | RowIntegration

@@ -140,7 +140,9 @@ def solve_configured(
         status, failed = error.status, stats
         if by_sample and first.numel():
             stats = Stats("stepper", config.method, config.gradient, "it goes on without the samples that failed")
-            ys, at, found = stepper_engine.run(field, y0, ts, tuple(args), config, stats, dense, events, leave_out=True)
+            ys, at, found = stepper_engine.run(
+                field, y0, ts, tuple(args), config, stats, dense, events, strict=False, leave_out=True
+            )
             stats.nfe, stats.diagnosis = stats.nfe + failed.nfe, failed.diagnosis
             failures = stats.failed_per_sample
             if failures is not None and not bool(failures.any()):  # so it may be with a field that draws

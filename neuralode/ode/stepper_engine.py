@@ -66,7 +66,7 @@ def run(
         else:
             loop.run(pause=watch.look)
             ys = watch.fill(ts)
-        if strict and not leave_out and not all_finite(ys[-1]):
+        if strict and not all_finite(ys[-1]):
             raise Failure(Status.NON_FINITE, host_values(ts)[-1] if ts.dim() == 1 else math.nan, ys[-1].detach(), 0.0)
     except Failure as failure:
         raise _explained(failure, loop, packing, stats) from None

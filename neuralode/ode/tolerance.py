@@ -48,7 +48,7 @@ class Tolerance:
     def ratio_of_sum(self, parts: Sequence[torch.Tensor], weights: Sequence[float], y0: torch.Tensor,
                      y1: torch.Tensor) -> float:  # fmt: skip
         """`ratio` of the error Σᵢ weights[i]·parts[i], in one pass over the memory where the kernels can."""
-        if self._plain and not watched() and kernels.serves(y0, (y1, *parts)):
+        if self.norm is rms and self.uniform and not watched() and kernels.serves(y0, (y1, *parts)):
             return kernels.error_ratio(parts, weights, y0, y1, self.rtol, self.atol)
         error = increment(parts, weights)
         if error is None:
@@ -59,8 +59,9 @@ class Tolerance:
         return abs(to_host(self.norm(error / scale)))
 
     @functools.cached_property
-    def _plain(self) -> bool:
-        return self.norm is rms and isinstance(self.rtol, float) and isinstance(self.atol, float)
+    def uniform(self) -> bool:
+        """Whether the same tolerances hold for all entries."""
+        return isinstance(self.rtol, float) and isinstance(self.atol, float)
 
     def first_step(self, y0: torch.Tensor, f0: torch.Tensor, order: int,
                    slope_after: Callable[[float], torch.Tensor]) -> float:  # fmt: skip
@@ -97,6 +98,11 @@ def all_finite(x: torch.Tensor) -> bool:
         return bool(torch.isfinite(x).all())
     except RuntimeError:  # under torch.func.vmap
         return not to_host((~torch.isfinite(x).all()).double())
+
+
+def finite_rows(x: torch.Tensor) -> torch.Tensor:
+    """Whether each entry along dimension 0 is finite throughout, [B]."""
+    return torch.isfinite(x.detach()).reshape(len(x), math.prod(x.shape[1:])).all(1)
 
 
 def in_transform() -> bool:
