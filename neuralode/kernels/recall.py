@@ -12,14 +12,14 @@ import collections
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
-from neuralode.kernels.places import Counter
+from neuralode.kernels.places import MISSING, Counter, Members
 from neuralode.kernels.program import Program
 from neuralode.kernels.values import Made, Writer, flat
 from neuralode.kernels.watch import HOOKS, Watch, hooks_everywhere
@@ -171,14 +171,16 @@ class Remembered:
         self._modules = _Modules(watch.modules, self.counters)
         places = [place for place in watch.places if not any(place.is_of(module) for module in watch.modules)]
         self._places = [place for place in places if place.grows]
+        self._members = _Members(place for place in places if isinstance(place, Members))
         self._values = [(place.read, name, x) for place in places for name, x in place.before.items()
-                        if (id(place), name) not in counted]  # fmt: skip
+                        if not isinstance(place, Members) and (id(place), name) not in counted]  # fmt: skip
 
     def holds(self) -> bool:
         """Whether the field is as it was."""
         return (
             not hooks_everywhere()
             and self._modules.hold()
+            and self._members.hold()
             and all(read(name) is x for read, name, x in self._values)
             and all(place.added() is None for place in self._places)
             and list(map(_kind, self._leaves)) == self._kinds  # their memory may have been exchanged
@@ -254,14 +256,26 @@ class _Source(NamedTuple):
 _kind = operator.attrgetter("shape", "dtype", "requires_grad")
 
 
+class _Members:
+    """Members of classes and of Python modules, which are looked up without a function of Python's for each."""
+
+    def __init__(self, places: Iterable[Members]):
+        before = [entry for place in places for entry in place.before.items()]
+        self._owners, self._names = [owner for (owner, _), _ in before], [name for (_, name), _ in before]
+        self._values = [x for _, x in before]
+
+    def hold(self) -> bool:
+        now = map(getattr, self._owners, self._names, itertools.repeat(MISSING))
+        return all(map(operator.is_, now, self._values))
+
+
 class _Modules:
     """What the modules of a field consist of, but for its counters."""
 
     def __init__(self, modules: list[nn.Module], counters: list[Counter]):
         own = [module.__dict__ for module in modules]
         self._owners, self._kinds = list(map(weakref.ref, modules)), list(map(type, modules))
-        self._hooks = [attributes[name] for attributes in own for name in HOOKS]
-        self._dicts = [*own, *(attributes[name] for attributes in own for name in _HELD)]
+        self._dicts = [*own, *(attributes[name] for attributes in own for name in (*_HELD, *HOOKS))]
         self._sizes = list(map(len, self._dicts))
         self._filled = [held for held in self._dicts if held]
         self._children = [attributes["_modules"] for attributes in own if attributes["_modules"]]
@@ -275,9 +289,9 @@ class _Modules:
 
     def hold(self) -> bool:
         """Whether they are as they were."""
-        if any(self._hooks) or list(map(len, self._dicts)) != self._sizes:
+        if list(map(len, self._dicts)) != self._sizes:
             return False
-        if [type(owner()) for owner in self._owners] != self._kinds:
+        if list(map(type, map(operator.call, self._owners))) != self._kinds:
             return False
         now = itertools.compress(self._now(), self._fixed) if self._count else self._now()
         return all(map(operator.is_, now, self._values))

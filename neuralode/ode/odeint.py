@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +29,7 @@ from neuralode.ode.stepper_engine import run
 
 _DEFAULT = "dopri5"
 _UNLIMITED = 2**31 - 1
+_NUMBERS = (float, int)
 _CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
@@ -166,14 +167,11 @@ def _known(method: str | None, options: dict[str, Any] | None) -> dict[str, Any]
 def _served(func: Any, y0: Any, t: Any, rtol: Any, atol: Any, method: str | None, options: dict[str, Any] | None,
             gradient: str) -> SolverConfig | None:  # fmt: skip
     """The configuration for our stepper, with torchdiffeq's defaults; None if the stepper cannot serve the call."""
-    name, options = method or _DEFAULT, dict(options or {})
-    if not _regular(y0, t) or any(hasattr(func, callback) for callback in _CALLBACKS):
+    name, options = method or _DEFAULT, {**options} if options else {}
+    numbers = isinstance(rtol, _NUMBERS) and isinstance(atol, _NUMBERS) and rtol > 0 and atol > 0
+    if not numbers or not _regular(y0, t) or _calls_back(func):
         return None
-    if not all(isinstance(x, float | int) and x > 0 for x in (rtol, atol)) or (options and method is None):
-        return None
-    if "grid_constructor" in options or any(_is_odd(options, name) for name in ("step_size", "first_step")):
-        return None
-    if "max_num_steps" in options and not (isinstance(options["max_num_steps"], int) and options["max_num_steps"] > 0):
+    if options and (method is None or _are_odd(options)):
         return None
     if name in METHODS and takes_fixed_steps(name):
         if options.get("step_size") is None:
@@ -219,12 +217,25 @@ def _check_for_torchdiffeq(method: str | None, y0: Any, *tolerances: Any) -> Non
                 raise UsageError(f"{name} has shape {shapes}; give a number, or a tensor that broadcasts.") from None
 
 
-def _is_odd(options: dict[str, Any], name: str) -> bool:
-    """Whether an option is a step size that is not positive, or one that wants a gradient."""
-    value = options.get(name)
-    if isinstance(value, torch.Tensor) and value.requires_grad:
-        return True
-    return value is not None and not float(value) > 0
+def _calls_back(func: Any) -> bool:
+    """Whether func has one of the callbacks: as `hasattr` says, which takes modules long where there is none."""
+    if getattr(type(func), "__getattr__", None) is not torch.nn.Module.__getattr__:
+        return any(hasattr(func, name) for name in _CALLBACKS)
+    own = func.__dict__
+    of_class = any(hasattr(type(func), name) for name in _CALLBACKS)
+    return of_class or not all(names.keys().isdisjoint(_CALLBACKS) for names in (own, own.get("_modules", {})))
+
+
+def _are_odd(options: dict[str, Any]) -> bool:
+    """Whether some are torchdiffeq's to judge: step sizes that are not positive or want a gradient, and the like."""
+    for name in ("step_size", "first_step"):
+        value = options.get(name)
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            return True
+        if value is not None and not float(value) > 0:
+            return True
+    limit = options.get("max_num_steps", 1)
+    return "grid_constructor" in options or not (isinstance(limit, int) and limit > 0)
 
 
 def _the_times(func: Any, y0: Any, t: torch.Tensor) -> torch.Tensor:
@@ -235,10 +246,11 @@ def _the_times(func: Any, y0: Any, t: torch.Tensor) -> torch.Tensor:
 def _regular(y0: Any, t: Any) -> bool:
     """Whether torchdiffeq would take the state and the times, and the stepper too."""
     parts = tensors(y0)
-    if not parts or not all(isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex()) for x in parts):
-        return False
-    if not (isinstance(t, torch.Tensor) and t.dim() == 1 and len(t) > 1 and t.is_floating_point()):
+    for part in parts:
+        if not (isinstance(part, torch.Tensor) and (part.is_floating_point() or part.is_complex())):
+            return False
+    if not (parts and isinstance(t, torch.Tensor) and t.dim() == 1 and t.numel() > 1 and t.is_floating_point()):
         return False
     values = host_values(t)
-    rising = values[1] > values[0]
-    return all(a < b if rising else a > b for a, b in itertools.pairwise(values))
+    before = operator.lt if values[1] > values[0] else operator.gt
+    return all(map(before, values, values[1:]))

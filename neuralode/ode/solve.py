@@ -205,11 +205,7 @@ def _times(t: torch.Tensor | Sequence[float], like: torch.Tensor) -> torch.Tenso
     real = like.real.dtype if like.is_complex() else like.dtype
     if not real.is_floating_point:
         raise UsageError(f"the state is of type {like.dtype}; a solve needs a floating-point or complex state.")
-    precise = torch.promote_types(real, torch.float32)  # neighbouring times may be one in half precision
-    try:
-        ts = t.to(like.device) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=precise, device=like.device)
-    except (TypeError, ValueError):
-        raise UsageError(f"t is {reprlib.repr(t)}; give the times as numbers, [0.0, 1.0], or as a tensor.") from None
+    ts = t.to(like.device) if isinstance(t, torch.Tensor) else _as_tensor(t, real, like.device)
     if ts.dim() not in (1, 2) or ts.shape[-1] < 2:
         raise UsageError(f"t has shape {tuple(ts.shape)}; a solve needs at least two times, [T] or [B, T].")
     if not ts.is_floating_point():
@@ -217,6 +213,14 @@ def _times(t: torch.Tensor | Sequence[float], like: torch.Tensor) -> torch.Tenso
     for values in [host_values(ts)] if ts.dim() == 1 else host_values(ts):
         _check_order(tuple(values))
     return ts
+
+
+def _as_tensor(t: Any, real: torch.dtype, device: torch.device) -> torch.Tensor:
+    precise = torch.promote_types(real, torch.float32)  # neighbouring times may be one in half precision
+    try:
+        return torch.tensor(t, dtype=precise, device=device)
+    except (TypeError, ValueError):
+        raise UsageError(f"t is {reprlib.repr(t)}; give the times as numbers, [0.0, 1.0], or as a tensor.") from None
 
 
 @functools.lru_cache(maxsize=64)

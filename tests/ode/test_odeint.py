@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
+from torch import nn
 
 from neuralode import odeint, odeint_adjoint, odeint_dense, odeint_event
 from neuralode.errors import UsageError
@@ -122,6 +123,24 @@ def test_callbacks_are_called() -> None:
     module = Recorder(2, [8])
     odeint(module, Y0, T)
     assert module.steps > 0
+
+
+class Counting(nn.Module):
+    """A callback that is a module itself."""
+
+    calls = 0
+
+    def forward(self, *_: Any) -> None:
+        self.calls += 1
+
+
+def test_callbacks_are_found_wherever_an_object_has_them() -> None:
+    hung, held = Counting(), Counting()
+    as_attribute, as_submodule = field(), field()
+    as_attribute.callback_step, as_submodule.callback_step = hung.forward, held
+    for module in (as_attribute, as_submodule):
+        odeint(module, Y0, T)
+    assert min(hung.calls, held.calls) > 0
 
 
 @pytest.mark.parametrize("tolerances", [
