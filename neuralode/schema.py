@@ -27,7 +27,7 @@ from neuralode.tasks import TASKS, Task
 
 # Arguments that the run provides, from the data or from other groups; no config sets them.
 PROVIDED: dict[type, set[str]] = {
-    nn.Module: {"features", "classes", "image", "targets", "scale", "solver"},
+    nn.Module: {"features", "classes", "image", "targets", "scale", "vocabulary", "length", "solver"},
     Task: {"model", "optimizer", "scheduler", "scheduler_monitor", "interval", "description", "train_until"},
     ArrayData: set(),
 }

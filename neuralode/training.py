@@ -274,7 +274,7 @@ def _draw_learning(folder: Path, title: str) -> None:
     from neuralode.viz.comparison import learning_figure
     from neuralode.viz.scalars import read_scalars
 
-    wanted = ("train/loss", "train/accuracy", "train/mae", "val/loss", "val/accuracy", "val/mae")
+    wanted = {f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", "accuracy", "mae", "bits")}
     curves = {tag: curve for tag, curve in read_scalars(folder).items() if tag in wanted and len(curve[0]) > 1}
     if curves:
         (folder / FIGURES).mkdir(exist_ok=True)

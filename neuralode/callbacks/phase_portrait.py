@@ -17,6 +17,7 @@ from torch import nn
 from neuralode.data import ArrayData
 from neuralode.errors import UsageError
 from neuralode.models.classifier import ODEClassifier
+from neuralode.models.language import ODETransformer
 from neuralode.models.regression import LinearModel
 from neuralode.models.trajectory import TrajectoryModel
 
@@ -24,8 +25,8 @@ from neuralode.models.trajectory import TrajectoryModel
 class PhasePortrait(pl.Callback):
     """Draws the flow to TensorBoard and to a PNG file: for points in the plane the decision boundary and the states
     along depth time, for time series the phase plane and the curves, for a linear regression the line and the way of
-    its weights over the loss. Other models have no portrait. Drawn is the LightningModule's `model`, on the data
-    of its ArrayData.
+    its weights over the loss, for a transformer whose depth is time how sure it is along the depth of what comes next.
+    Other models have no portrait. Drawn is the LightningModule's `model`, on the data of its ArrayData.
 
     Drawing draws no random number and changes no weight; should it fail, it warns once and switches itself off.
 
@@ -109,6 +110,10 @@ def portrait(model: Any, data: ArrayData, weights: Sequence[Sequence[float]] = (
         return viz.classifier_figure(**_classifier_arrays(model, *data.splits.test))
     if isinstance(model, TrajectoryModel):
         return viz.series_figure(**_series_arrays(model, data))
+    if isinstance(model, ODETransformer):
+        from neuralode.viz.language import depth_figure
+
+        return depth_figure(**_depth_arrays(model, *data.splits.test))
     if weights:
         x, y = (part[:, 0].numpy() for part in data.splits.train)
         return viz.regression_figure(x, y, np.array(weights))
@@ -149,6 +154,24 @@ def _classifier_arrays(model: ODEClassifier, x: torch.Tensor, y: torch.Tensor) -
         "ticks": [a.cpu().numpy() for a in ticks],
         "arrows": arrows.reshape(len(shown), 25, 25, 2).transpose(1, 2).cpu().numpy(),
         "hidden_dimensions": model.block.augment,
+    }
+
+
+def _depth_arrays(model: ODETransformer, tokens: torch.Tensor, following: torch.Tensor) -> dict[str, Any]:
+    device = _device(model)
+    some = slice(None, None, -(-len(tokens) // 32))  # from the whole text
+    tokens, following = tokens[some].to(device), following[some].to(device)
+    start, end = model.block.solver.t_span
+    times = torch.linspace(start, end, 31, device=device)
+    chances = model.along_depth(tokens, times).softmax(-1)
+    right = chances.take_along_dim(following[None, :, :, None], -1).squeeze(-1)
+    ends = ["".join(model.vocabulary[token] for token in row[-40:]) for row in following]  # it has seen enough there
+    example = max(range(len(ends)), key=lambda i: sum(map(str.isalpha, ends[i])))  # rather prose than a table
+    return {
+        "times": times.cpu().numpy(),
+        "bits": -right.log2().mean((1, 2)).cpu().numpy(),
+        "characters": ends[example],
+        "probability": right[:, example, -40:].cpu().numpy(),
     }
 
 

@@ -5,6 +5,7 @@ from neuralode.data.loader import EpochOrder, ReplayLoader
 from neuralode.data.module import ArrayData, Splits
 from neuralode.data.points import Concentric, Line, Moons, OnePoint
 from neuralode.data.series import CSV, LynxHare, SeriesData, Spiral
+from neuralode.data.text import Text
 
 DATA: dict[str, type[ArrayData]] = {
     "concentric": Concentric,
@@ -17,6 +18,7 @@ DATA: dict[str, type[ArrayData]] = {
     "one_point": OnePoint,
     "openml": OpenML,
     "spiral": Spiral,
+    "text": Text,
 }
 
 __all__ = [
@@ -36,4 +38,5 @@ __all__ = [
     "SeriesData",
     "Spiral",
     "Splits",
+    "Text",
 ]

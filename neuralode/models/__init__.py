@@ -1,6 +1,6 @@
 """Models: plain torch modules, by name."""
 
-from neuralode.models import classifier, regression, trajectory
+from neuralode.models import classifier, language, regression, trajectory
 from neuralode.models.registry import FIELDS, MODELS, build_field, build_model, register_field, register_model
 from neuralode.models.saved import load
 
@@ -10,6 +10,7 @@ __all__ = [
     "build_field",
     "build_model",
     "classifier",
+    "language",
     "load",
     "register_field",
     "register_model",

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 from torch import nn
 
 from neuralode.errors import UsageError, unknown
-from neuralode.nn import ConvField, LotkaVolterraField, MLPField
+from neuralode.nn import AttentionField, ConvField, LotkaVolterraField, MLPField
 
 MODELS: dict[str, type[nn.Module]] = {}
 FIELDS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLPField,
     "conv": ConvField,
+    "attention": AttentionField,
     "lotka_volterra": LotkaVolterraField,
 }
 

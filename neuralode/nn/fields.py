@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -98,6 +99,50 @@ class ConvField(nn.Module):
         time = t.to(y).expand(y.shape[0], 1, *y.shape[2:])
         y = self.conv1(torch.cat([self.activation(self.norm1(y)), time], dim=1))
         return self.conv2(torch.cat([self.activation(self.norm2(y)), time], dim=1))
+
+
+class AttentionField(nn.Module):
+    """Causal self-attention and a perceptron side by side as a vector field: [B, L, features] to the same shape.
+
+    Both see the layer-normalised state, with t as one more feature of every position. A step of size 1 of Euler's
+    method is then a transformer block, its two parts in parallel (Lu et al. 2019, "Understanding and Improving
+    Transformer From a Multi-Particle Dynamic System Point of View"): attention moves the positions as particles that
+    act on each other, the perceptron moves each by itself. No position sees a later one.
+
+    Args:
+        features: size of each position's state.
+        heads: of the attention; has to divide `features`.
+        hidden: width of the perceptron; 4 times `features` if None.
+        activation_name: one of ACTIVATIONS.
+        time: give t to both parts.
+    """
+
+    def __init__(self, features: int, heads: int = 4, hidden: int | None = None, activation_name: str = "silu",
+                 time: bool = True):  # fmt: skip
+        super().__init__()
+        if features % heads:
+            raise UsageError(f"AttentionField has {features} features; heads={heads} has to divide them.")
+        self.heads, self.time = heads, time
+        seen, hidden = features + int(time), hidden or 4 * features
+        self.norm = nn.LayerNorm(features)
+        self.queries_keys_values = nn.Linear(seen, 3 * features)
+        self.mixed = nn.Linear(features, features)
+        self.mlp = nn.Sequential(nn.Linear(seen, hidden), activation(activation_name), nn.Linear(hidden, features))
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = self.norm(y)
+        if self.time:
+            x = torch.cat([x, t.to(y).expand(*y.shape[:-1], 1)], dim=-1)
+        return self.attention(x) + self.mlp(x)
+
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
+        """What each position takes over from itself and from those before it, [B, L, features]."""
+        q, k, v = self.queries_keys_values(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
+        # written out: PyTorch's fused attention has no second derivative, which the sharpness needs
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        taken = scores.masked_fill(later, -math.inf).softmax(-1) @ v
+        return self.mixed(taken.transpose(1, 2).flatten(2))
 
 
 class LotkaVolterraField(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,12 +39,31 @@ class Classification(Task):
     def measure(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> Measured:
         x, y = batch
         logits = self(x)
+        _refuse_other_shapes(logits, y, 1)
         if self.loss_name == "squared":
             loss = _squared(logits, F.one_hot(y, logits.shape[-1]))
         else:
             smoothing = self.label_smoothing if stage == "train" else 0.0
             loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
         return {"loss": loss, "accuracy": (logits.argmax(-1) == y).float().mean()}
+
+
+class Language(Task):
+    """The next character at every position, [B, L], from logits [B, L, classes].
+
+    Reports the cross-entropy in nats (`loss`) and in bits a character, and how often the likeliest character is right.
+    """
+
+    metric, mode = "bits", "min"
+    measures = ("loss", "bits", "accuracy")
+
+    def measure(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> Measured:
+        tokens, following = batch
+        logits = self(tokens)
+        _refuse_other_shapes(logits, following, 2)
+        loss = F.cross_entropy(logits.flatten(0, 1), following.flatten())
+        right = (logits.argmax(-1) == following).float().mean()
+        return {"loss": loss, "bits": loss / math.log(2), "accuracy": right}
 
 
 class Regression(Task):
@@ -121,6 +141,15 @@ class TrajectoryFitting(Task):
         if stage == "test" and not fitted.all():
             measured |= {"fit_mae": error[:, fitted].mean(), "forecast_mae": error[:, ~fitted].mean()}
         return measured
+
+
+def _refuse_other_shapes(logits: torch.Tensor, classes: torch.Tensor, dimensions: int) -> None:
+    """Raises UsageError unless there are logits for each of the classes, which have so many dimensions."""
+    if classes.dim() != dimensions or logits.shape[:-1] != classes.shape:
+        raise UsageError(
+            f"the model returns shape {tuple(logits.shape)} for classes of shape {tuple(classes.shape)}; "
+            "task=classification takes one class a sample, task=language one a position."
+        )
 
 
 def _squared(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,19 @@ def test_solver_charts_are_those_of_the_steps(run: Callable, tmp_path: Path) -> 
     assert ((share > 0) & (share < 1)).all()
 
 
+def test_language_run_shows_what_it_would_say_along_the_depth(make_config: Callable, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 100)
+    overrides = [
+        "data=text", f"data.path={tmp_path / 'text.txt'}", "data.length=8", "model=ode_transformer", "model.width=16",
+        "task=language", "monitor=language", "trainer.max_epochs=2",
+    ]  # fmt: skip
+    result = train(make_config(*overrides, output=tmp_path), tmp_path, overrides)
+    assert result["metrics"]["test/bits"] < 4
+    assert tags(tmp_path, "images") == {"phase_portrait"}
+    for figure in ("phase_portrait", "learning"):
+        assert (tmp_path / "figures" / f"{figure}.png").stat().st_size > 1000
+
+
 def test_result_says_what_the_solves_cost(run: Callable) -> None:
     result = run("solver=rk4", "solver.step_size=0.5", "gradient=adjoint")
     assert result["solver"]["nfe_forward"] == 9  # four stages in two steps, and the slope by which a change is noticed

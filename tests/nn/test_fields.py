@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neuralode.errors import UsageError
-from neuralode.nn import ConvField, LotkaVolterraField, MLPField
+from neuralode.nn import AttentionField, ConvField, LotkaVolterraField, MLPField
 from neuralode.nn.fields import ACTIVATIONS, activation
 from neuralode.ode import solve
 
@@ -111,3 +111,26 @@ def test_lotka_volterra_refusals() -> None:
     for initial in [(0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.0)]:
         with pytest.raises(UsageError, match="four positive numbers"):
             LotkaVolterraField(initial=initial)
+
+
+def test_attention_is_pytorchs() -> None:
+    """Against PyTorch's own attention, and no position sees a later one."""
+    field, x = AttentionField(8, heads=2, time=False), torch.randn(3, 5, 8)
+    q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in field.queries_keys_values(x).chunk(3, dim=-1))
+    taken = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(field.attention(x), field.mixed(taken.transpose(1, 2).flatten(2)))
+
+
+def test_attention_sees_time_only_if_told_and_has_second_derivatives() -> None:
+    y = torch.randn(2, 5, 8)
+    untimed, timed = AttentionField(8, time=False), AttentionField(8)
+    assert torch.equal(untimed(NOW, y), untimed(LATER, y))
+    assert not torch.allclose(timed(NOW, y), timed(LATER, y))
+    small = AttentionField(4, heads=2, hidden=3).double()
+    start = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda y: small(LATER.double(), y), start)
+
+
+def test_attention_refuses_heads_that_do_not_divide() -> None:
+    with pytest.raises(UsageError, match="heads=3 has to divide"):
+        AttentionField(8, heads=3)

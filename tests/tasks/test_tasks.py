@@ -16,7 +16,7 @@ from neuralode.data import EpochOrder, ReplayLoader
 from neuralode.errors import UsageError
 from neuralode.models.regression import LinearModel, TwoWeights
 from neuralode.models.saved import KEY
-from neuralode.tasks import TASKS, Classification, Regression, Task, TrajectoryFitting
+from neuralode.tasks import TASKS, Classification, Language, Regression, Task, TrajectoryFitting
 
 
 class Fixed(nn.Module):
@@ -42,7 +42,7 @@ def values(measured: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def test_every_task_has_a_name() -> None:
-    assert set(TASKS.values()) == {Classification, Regression, TrajectoryFitting}
+    assert set(TASKS.values()) == {Classification, Language, Regression, TrajectoryFitting}
 
 
 LOGITS = torch.tensor([[2.0, 0.0], [0.0, 1.0], [4.0, 0.0]])
@@ -69,6 +69,22 @@ def test_label_smoothing_is_for_training_alone() -> None:
     for wrong in (-0.1, 1.0):
         with pytest.raises(UsageError, match=r"label_smoothing is .*\[0, 1\)"):
             Classification(Fixed(LOGITS), label_smoothing=wrong)
+
+
+def test_language() -> None:
+    logits = torch.stack([LOGITS, LOGITS.flip(0)])
+    following = torch.stack([CLASSES, CLASSES.flip(0)])
+    found = values(Language(Fixed(logits)).measure((torch.zeros(2, 3), following), "val"))
+    assert set(found) == set(Language.measures)
+    mean = sum(LOSSES) / 3
+    assert found == pytest.approx({"loss": mean, "bits": mean / math.log(2), "accuracy": 2 / 3}, rel=1e-6)
+
+
+def test_tasks_for_one_class_and_for_many_refuse_each_others_data() -> None:
+    one, many = (torch.zeros(3, 1), CLASSES), (torch.zeros(1, 3), CLASSES[None])
+    for task, batch in ((Language(Fixed(LOGITS)), one), (Classification(Fixed(LOGITS[None])), many)):
+        with pytest.raises(UsageError, match="task=classification takes one class a sample, task=language one a pos"):
+            task.measure(batch, "train")
 
 
 def test_regression() -> None:

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from neuralode.viz.comparison import arms_figure, forecasts_figure, learning_figure
+from neuralode.viz.language import depth_figure
 from neuralode.viz.phase_portrait import classifier_figure, regression_figure, series_figure
 
 RNG = np.random.default_rng(0)
@@ -142,3 +143,14 @@ def test_regression_figure_names_the_line_and_shows_the_way_there(tmp_path: Path
     way = next(line for line in figure.axes[1].get_lines() if line.get_label() == "weights")
     np.testing.assert_allclose(way.get_xydata(), path)
     saved(regression_figure(x, 3 * x, path[:1]), tmp_path)  # nothing learned yet, and no noise
+
+
+def test_depth_figure(tmp_path: Path) -> None:
+    times, bits, probability = np.linspace(0, 1, 5), np.linspace(6, 2, 5), RNG.random((5, 6))
+    figure = depth_figure(times, bits, "a b\nc.", probability)
+    saved(figure, tmp_path)
+    assert drawn(figure, 0, 0) == (list(times), list(bits))
+    assert "6.00 bits a character at first, 2.00 at the end" in figure.axes[0].get_title()
+    labels = [label.get_text() for label in figure.axes[1].get_xticklabels()]
+    assert labels == ["a", "\N{MIDDLE DOT}", "b", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "c", "."]
+    np.testing.assert_allclose(figure.axes[1].collections[0].get_array().reshape(5, 6), probability)
