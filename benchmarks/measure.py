@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import neuralode
 
-RATE = 1e-4
+RATE = 1e-6
 """Learning rate of the SGD step that every arm takes; small, so that the problem stays the same over the repeats."""
 
 
