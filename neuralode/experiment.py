@@ -37,11 +37,12 @@ def run(cfg: DictConfig) -> list[Path]:
     """What Hydra calls: runs all arms and seeds of a composed config; returns the result files."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     jobs = plan(validate(cfg), list(HydraConfig.get().overrides.task), folder)
-    for job in jobs:
+    configs = list(map(_config, jobs))  # a mistake in the last of them is said before the first one trains
+    for job, config in zip(jobs, configs, strict=True):
         if len(jobs) > 1:
             print(f"── {job.folder.relative_to(folder)}", flush=True)
         with _saying_how_to_resume(job.folder / CHECKPOINTS / "last.ckpt"):
-            train(_config(job), job.folder, job.overrides)
+            train(config, job.folder, job.overrides)
     if cfg.trainer.fast_dev_run:
         return []
     return [job.folder / (RESULT if cfg.fit else TEST_RESULT) for job in jobs]
@@ -116,10 +117,11 @@ def report(files: list[Path]) -> None:
     top = Path(os.path.commonpath(folders))
     if len(results) > 1:
         _draw(results, folders, top / FIGURES)
-    tested = "best.ckpt" if results[0]["config"]["evaluate"] == "best" else "last.ckpt"
+    config = results[0]["config"]
     levels = "/".join("*" for _ in folders[0].relative_to(top).parts)
+    tested = top / levels / CHECKPOINTS / ("best.ckpt" if config["evaluate"] == "best" else "last.ckpt")
     print(f"run:         {_short(top)}")
-    print(f"checkpoint:  {_short(top / levels / CHECKPOINTS / tested)}")
+    print(f"checkpoint:  {_short(tested if config['fit'] else Path(config['ckpt_path']))}")
     for place in dict.fromkeys([top, folders[0]]):  # of the whole, and of one run as an example
         for figure in sorted((place / FIGURES).glob("*.png")):
             print(f"figure:      {_short(figure)}")

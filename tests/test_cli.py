@@ -93,8 +93,10 @@ def test_a_run_and_what_can_be_done_with_it(train_cli: Cli, tmp_path: Path) -> N
     model = load(tmp_path / "run" / "checkpoints" / "best.ckpt")
     assert not model.training
 
-    tested = train_cli("fit=false", "ckpt_path=run/checkpoints/best.ckpt")
-    assert tested.code == 0, tested.output
+    for which in ("last", "best"):
+        tested = train_cli("fit=false", f"ckpt_path=run/checkpoints/{which}.ckpt")
+        assert tested.code == 0, tested.output
+        assert f"checkpoint:  run/checkpoints/{which}.ckpt" in tested.output
     again = json.loads((tmp_path / "run" / "test.json").read_text())["metrics"]
     assert again == {k: v for k, v in result["metrics"].items() if k.startswith("test/")}
 
@@ -164,6 +166,13 @@ def test_arms_and_seeds_in_one_command(train_cli: Cli, tmp_path: Path) -> None:
     assert resumed.code == 0, resumed.output
     result = json.loads((tmp_path / "run/augmented/seed_1/result.json").read_text())
     assert (result["arm"], result["seed"], result["epochs"]) == ("augmented", 1, 2)
+
+
+def test_a_mistake_in_the_last_arm_is_said_before_the_first_trains(train_cli: Cli, tmp_path: Path) -> None:
+    done = train_cli("+experiment=digits", "model.field_args.activation_name=relu", "hydra.run.dir=run")
+    assert done.code == 2
+    assert "unknown key 'model.field_args'" in done.output
+    assert not (tmp_path / "run" / "ode_net").exists()
 
 
 def test_sweep(train_cli: Cli, tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ def test_says_in_one_line_what_it_shows(name: str) -> None:
     assert "\n" not in shows
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_leaves_the_choice_of_the_solver(name: str, make_config: Callable) -> None:
+    assert make_config(f"+experiment={name}", "solver=rk4").solver.method == "rk4"
+
+
 def test_linear_regression_reaches_the_least_squares_solution(make_config: Callable, tmp_path: Path) -> None:
     overrides = ["+experiment=linear_regression"]
     result = train(make_config(*overrides, output=tmp_path), tmp_path, overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -9,6 +10,9 @@ import torch
 from neuralode.data.module import ArrayData, Splits
 from neuralode.errors import UsageError
 from neuralode.models.language import encode, vocabulary_of
+
+_MANY = 0.05
+"""Share of unknown characters from which on a score says little."""
 
 
 class Text(ArrayData):
@@ -51,6 +55,13 @@ class Text(ArrayData):
         parts = text[: len(text) - 2 * held], text[len(text) - 2 * held : len(text) - held], text[len(text) - held :]
         vocabulary = vocabulary_of(parts[0])
         train, val, test = (_windows(encode(part, vocabulary), self.length) for part in parts)
+        unknown = (test[1] == 0).double().mean().item()
+        if unknown > _MANY:
+            warnings.warn(
+                f"{unknown:.0%} of the characters that test are not in the part of the text that trains, and cannot be "
+                "found; shuffle the text's paragraphs, or take another.",
+                stacklevel=2,
+            )
         return Splits(train, val, test, model_args={"vocabulary": vocabulary, "length": self.length})
 
 
@@ -65,7 +76,7 @@ def python_reference() -> str:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # without a mark of the byte order
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"data.path={path} cannot be read ({reason}); give a text file in UTF-8.") from error

@@ -39,6 +39,8 @@ class LanguageModel(nn.Module, abc.ABC):
 
     def __init__(self, vocabulary: str, length: int, width: int):
         super().__init__()
+        if width < 1:
+            raise UsageError(f"model.width is {width}; it has to be at least 1.")
         self.vocabulary, self.length = vocabulary, length
         self.stem = _Embedding(len(vocabulary), length, width)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(vocabulary)))
@@ -51,19 +53,23 @@ class LanguageModel(nn.Module, abc.ABC):
         """Goes on with a text, one character after the other.
 
         Args:
-            prompt: what to go on with; at least one character.
+            prompt: what to go on with; at least one character. Those that the vocabulary lacks all look the same to it.
             count: characters to write.
             temperature: below 1 the likelier ones come more often; positive.
             seed: of the draws.
         """
-        if not prompt or not temperature > 0:
-            raise UsageError(f"prompt={prompt!r}, temperature={temperature}: give some text, and a positive number.")
+        if not prompt or not temperature > 0 or count < 0:
+            raise UsageError(
+                f"prompt={prompt!r}, count={count}, temperature={temperature}: give some text, a number of characters, "
+                "and a positive temperature."
+            )
         device = next(self.parameters()).device
         generator = torch.Generator().manual_seed(seed)
         tokens = encode(prompt, self.vocabulary).tolist()
         for _ in range(count):
             logits = self(torch.tensor([tokens[-self.length :]], device=device))[0, -1, 1:].cpu()  # never UNKNOWN
-            drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            chances = ((logits - logits.max()).double() / temperature).softmax(-1)
+            drawn = torch.multinomial(chances, 1, generator=generator)
             tokens.append(1 + int(drawn))
         return prompt + "".join(self.vocabulary[token] for token in tokens[len(prompt) :])
 

@@ -120,8 +120,10 @@ class AttentionField(nn.Module):
     def __init__(self, features: int, heads: int = 4, hidden: int | None = None, activation_name: str = "silu",
                  time: bool = True):  # fmt: skip
         super().__init__()
-        if features % heads:
+        if heads < 1 or features < 1 or features % heads:
             raise UsageError(f"AttentionField has {features} features; heads={heads} has to divide them.")
+        if hidden is not None and hidden < 1:
+            raise UsageError(f"AttentionField has hidden={hidden}; it has to be at least 1.")
         self.heads, self.time = heads, time
         seen, hidden = features + int(time), hidden or 4 * features
         self.norm = nn.LayerNorm(features)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ft2font import FT2Font
 
 from neuralode.viz.style import COLOURS, new_figure
 
 Array = np.ndarray
 
-_SHOWN = {"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", " ": "\N{MIDDLE DOT}"}
+_SHOWN = {"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", " ": "\N{MIDDLE DOT}", "\t": "\N{RIGHTWARDS ARROW}"}
 
 
 def depth_figure(times: Array, bits: Array, characters: str, probability: Array) -> Figure:
@@ -30,12 +34,23 @@ def depth_figure(times: Array, bits: Array, characters: str, probability: Array)
 
     edges = np.arange(len(characters) + 1) - 0.5
     mesh = heat.pcolormesh(edges, _edges(times), probability, vmin=0, vmax=1, cmap="viridis", rasterized=True)
-    heat.set_xticks(range(len(characters)), [_SHOWN.get(c, c) for c in characters], family="monospace", fontsize=7)
+    heat.set_xticks(range(len(characters)), list(map(_shown, characters)), family="monospace", fontsize=7)
     heat.tick_params(axis="x", length=0)
     heat.set_title("probability of the character that comes next")
     heat.set_ylabel("depth time t")
     figure.colorbar(mesh, ax=heat)
     return figure
+
+
+def _shown(character: str) -> str:
+    """A character as the font of the labels has it."""
+    character = _SHOWN.get(character, character)
+    return character if ord(character) in _font().get_charmap() else "\N{REPLACEMENT CHARACTER}"
+
+
+@functools.cache
+def _font() -> FT2Font:
+    return get_font(findfont(FontProperties(family="monospace")))
 
 
 def _edges(times: Array) -> Array:

@@ -34,8 +34,9 @@ def test_windows_follow_one_another_and_targets_are_a_character_ahead(tmp_path: 
     assert [len(part[0]) for part in (splits.val, splits.test)] == [2, 2]
 
 
-def test_parts_do_not_overlap(tmp_path: Path) -> None:
-    splits = text(tmp_path, "a" * 60 + "b" * 20 + "c" * 20).splits
+def test_parts_do_not_overlap_and_unknown_characters_are_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="100% of the characters that test are not in the part"):
+        splits = text(tmp_path, "a" * 60 + "b" * 20 + "c" * 20).splits
     assert [set(part[1].flatten().tolist()) for part in (splits.train, splits.val, splits.test)] == [{1}, {0}, {0}]
 
 
@@ -67,6 +68,12 @@ def test_what_cannot_be_used_is_said_in_a_sentence(
 ) -> None:
     with pytest.raises(UsageError, match=sentence):
         text(tmp_path, content, **settings).splits  # noqa: B018
+
+
+def test_mark_of_the_byte_order_is_no_character(tmp_path: Path) -> None:
+    (tmp_path / "marked.txt").write_text(ALPHABET * 5, encoding="utf-8-sig")
+    marked = Text(str(tmp_path / "marked.txt"), length=4, held_back=0.2)
+    assert marked.splits.model_args["vocabulary"] == UNKNOWN + ALPHABET
 
 
 def test_file_that_is_no_text(tmp_path: Path) -> None:

@@ -78,9 +78,16 @@ def test_writing_goes_on_with_the_prompt_and_follows_its_seed() -> None:
         assert len(first) == 23
         assert set(first[3:]) <= set("abcd")
         assert first == again != other
-        for prompt, temperature in (("", 1.0), ("a", 0.0)):
-            with pytest.raises(UsageError, match="give some text, and a positive number"):
-                model.write(prompt, 3, temperature)
+        assert model.write("a", 5, temperature=1e-45) == model.write("a", 5, temperature=1e-9)
+        for prompt, count, temperature in (("", 3, 1.0), ("a", 3, 0.0), ("a", -1, 1.0)):
+            with pytest.raises(UsageError, match="give some text, a number of characters, and a positive temperature"):
+                model.write(prompt, count, temperature)
+
+
+def test_sizes_that_cannot_be() -> None:
+    for width, words in ((0, "model.width is 0"), (-4, "model.width is -4")):
+        with pytest.raises(UsageError, match=words):
+            ODETransformer(VOCABULARY, 8, width=width)
 
 
 def test_it_learns_an_order_by_heart() -> None:

@@ -131,6 +131,9 @@ def test_attention_sees_time_only_if_told_and_has_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(lambda y: small(LATER.double(), y), start)
 
 
-def test_attention_refuses_heads_that_do_not_divide() -> None:
-    with pytest.raises(UsageError, match="heads=3 has to divide"):
-        AttentionField(8, heads=3)
+def test_attention_refuses_sizes_that_do_not_fit() -> None:
+    for heads in (3, 0, -1):
+        with pytest.raises(UsageError, match=f"heads={heads} has to divide"):
+            AttentionField(8, heads=heads)
+    with pytest.raises(UsageError, match="hidden=-1"):
+        AttentionField(8, hidden=-1)

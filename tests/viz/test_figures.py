@@ -147,10 +147,28 @@ def test_regression_figure_names_the_line_and_shows_the_way_there(tmp_path: Path
 
 def test_depth_figure(tmp_path: Path) -> None:
     times, bits, probability = np.linspace(0, 1, 5), np.linspace(6, 2, 5), RNG.random((5, 6))
-    figure = depth_figure(times, bits, "a b\nc.", probability)
+    figure = depth_figure(times, bits, "a b\n\t$", probability)
     saved(figure, tmp_path)
     assert drawn(figure, 0, 0) == (list(times), list(bits))
     assert "6.00 bits a character at first, 2.00 at the end" in figure.axes[0].get_title()
     labels = [label.get_text() for label in figure.axes[1].get_xticklabels()]
-    assert labels == ["a", "\N{MIDDLE DOT}", "b", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "c", "."]
+    assert labels == [
+        "a",
+        "\N{MIDDLE DOT}",
+        "b",
+        "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}",
+        "\N{RIGHTWARDS ARROW}",
+        "$",
+    ]
     np.testing.assert_allclose(figure.axes[1].collections[0].get_array().reshape(5, 6), probability)
+
+
+def test_depth_figure_shows_what_the_font_lacks_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    characters = "\N{CJK UNIFIED IDEOGRAPH-65E5}\x00\N{GRINNING FACE}x"
+    figure = depth_figure(np.linspace(0, 1, 3), np.ones(3), characters, RNG.random((3, 4)))
+    saved(figure, tmp_path)
+    labels = [label.get_text() for label in figure.axes[1].get_xticklabels()]
+    assert labels == ["\N{REPLACEMENT CHARACTER}"] * 3 + ["x"]
+    assert not recwarn.list
