@@ -107,9 +107,10 @@ def torchode_arm(work: Workload, compiled: bool = False) -> Arm:
             to.FixedStepController() if work.steps else to.IntegralController(term=term, rtol=work.rtol, atol=work.atol)
         )
         solve = to.AutoDiffAdjoint(method, control, backprop_through_step_size_control=False).solve
-        if compiled:
-            torch._dynamo.reset()  # of a function it keeps eight programs at most, and then none of this workload's
-        return torch.compile(solve) if compiled else solve
+        if not compiled:
+            return solve
+        torch._dynamo.reset()  # of a function it keeps eight programs at most, and then none of this workload's
+        return torch.compile(solve)
 
     def solve_by(compiled: bool) -> Solve:
         made = functools.cache(solver_for)  # a solver belongs to its field, and is made once for it

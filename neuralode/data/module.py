@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -84,6 +85,19 @@ class ArrayData(pl.LightningDataModule, abc.ABC):
         samples = len(tensors[0])
         order = EpochOrder(samples, self.eval_batch_size or samples, False, self.seed)
         return ReplayLoader(tensors, order, self.splits.shared.get(name, ()))
+
+
+def read_text(path: str | Path, wanted: str) -> str:
+    """The file at `data.path`, in UTF-8, without a mark of the byte order.
+
+    Raises UsageError where it cannot be read; `wanted` says what to give in its place.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"data.path={path}: {error.strerror or error}; give {wanted}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"data.path={path} is not a text file in UTF-8: {error}; give {wanted}.") from error
 
 
 def standard_float(array: Any) -> torch.Tensor:

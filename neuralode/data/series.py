@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from neuralode.data.module import ArrayData, Splits, standard_float
+from neuralode.data.module import ArrayData, Splits, read_text, standard_float
 from neuralode.errors import UsageError, unknown
 from neuralode.ode import odeint
 
@@ -178,12 +178,7 @@ class LynxHare(CSV):
 
 def _read(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """The header, and each row with its line number."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"data.path={path}: {error.strerror or error}; give the path of a CSV file.") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"data.path={path} is not a text file in UTF-8: {error}.") from error
+    text = read_text(path, "the path of a CSV file")
     kept = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip() and not line.startswith("#")]
     if len(kept) < 2:
         raise UsageError(f"data.path={path} has {len(kept)} lines; it needs a header and at least two rows.")

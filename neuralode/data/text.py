@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import torch
 
-from neuralode.data.module import ArrayData, Splits
+from neuralode.data.module import ArrayData, Splits, read_text
 from neuralode.errors import UsageError
 from neuralode.models.language import encode, vocabulary_of
 
@@ -45,7 +44,7 @@ class Text(ArrayData):
         self.path, self.length, self.held_back = path, length, held_back
 
     def load(self) -> Splits:
-        text = python_reference() if self.path is None else _read(self.path)
+        text = python_reference() if self.path is None else read_text(self.path, "a text file in UTF-8")
         held = int(len(text) * self.held_back)
         if held <= self.length:
             raise UsageError(
@@ -72,14 +71,6 @@ def python_reference() -> str:
     except ImportError:
         raise UsageError("this Python comes without its reference (pydoc_data); give a text file, data.path.") from None
     return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")  # without a mark of the byte order
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"data.path={path} cannot be read ({reason}); give a text file in UTF-8.") from error
 
 
 def _windows(tokens: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
